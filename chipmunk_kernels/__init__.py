@@ -1,0 +1,1 @@
+"""Column-sparse kernels for diffusion transformers."""
