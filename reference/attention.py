@@ -1,4 +1,4 @@
-"""Attention in full matrices: q `(B, H, Nq, D)`, k and v `(B, H, Nk, D)`. Source: arXiv 2506.03275, section 3."""
+"""Attention in full matrices: q `(B, H, Nq, D)`, k and v `(B, H, Nk, D)`. Source: arXiv 2506.03275."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def sparse_attention(
     sign: int = 1,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """base + sign · softmax over the kept columns of the query's group, times v; and that softmax's normaliser.
+    """base + sign · softmax over the kept columns of the query's group, times v; and that normaliser.
 
     An empty group gives the base (or zeros) and lse = -inf.
     """

@@ -20,8 +20,8 @@ def gather_columns(
 ) -> Tensor:
     """Packed columns, zero in padding slots.
 
-    per_group False: x `(B, H, N, D)` → `(B, H, G, C, D)`. per_group True: x `(B, H, N, R)` holds each column's
-    value for every row, and group g takes its own rows `[g · group_size, (g + 1) · group_size)` →
+    per_group False: x `(B, H, N, D)` → `(B, H, G, C, D)`. per_group True: x `(B, H, N, R)` holds each
+    column's value for every row, and group g takes its own rows `[g · group_size, (g + 1) · group_size)` →
     `(B, H, G, C, group_size)`, zero past the last row.
     """
     width = group_size if per_group else x.shape[3]

@@ -35,7 +35,7 @@ def extras_hash(seed: int, b: int, h: int, g: int, n: int) -> int:
 def always_kept(
     group: int, columns: int, group_size: int, keep: Ranges, window: int, key_length: int
 ) -> set[int]:
-    """The columns kept whatever their score: the ranges `[start, stop)`, and a window around the group's rows.
+    """The columns kept whatever their score: the ranges `[start, stop)`, a window around the group's rows.
 
     The window holds the columns within `window` positions of those rows; a window of 0 holds none.
     """
@@ -108,10 +108,10 @@ def coverage_columns(
     seed: int = 0,
     key_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Always-kept columns, then the fewest best others until they hold `coverage` of the group's total score.
+    """Always-kept columns, then the fewest best others until all hold `coverage` of the total score.
 
-    The score of always-kept columns counts as covered, NaN as zero; `max_columns` caps the others. Then `random`
-    of the rest. Scores must not be negative.
+    The score of always-kept columns counts as covered, NaN as zero; `max_columns` caps the others. Then
+    `random` of the rest. Scores must not be negative.
     """
     columns = scores.shape[3]
     length = columns if key_length is None else min(key_length, columns)

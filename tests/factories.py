@@ -72,8 +72,8 @@ def scattered_columns(
 ) -> ColumnSet:
     """Scattered columns in ascending order, about `density` of them.
 
-    Counts vary from group to group, unless `uniform`; with more than one group in all, the first is empty then
-    and the last keeps everything. Padding slots hold random valid indices, as the definition allows.
+    Counts vary from group to group, unless `uniform`; with more than one group in all, the first is empty
+    then and the last keeps everything. Padding slots hold random valid indices, as the definition allows.
     """
     shape = (batch, heads, group_count(rows, group_size))
     total, rng = math.prod(shape), generator(seed + 1000)
@@ -159,7 +159,7 @@ def error_budget(peer: Tensor, truth: Tensor, dtype: torch.dtype | None = None) 
     finite = truth[torch.isfinite(truth)].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
     peer_error = max_error(peer, truth)
-    assert math.isfinite(peer_error), "the peer computation is not finite where the truth is; it sets no budget"
+    assert math.isfinite(peer_error), "the peer is not finite where the truth is: it sets no budget"
     return 2.0 * (peer_error + torch.finfo(dtype or peer.dtype).eps * largest)
 
 
