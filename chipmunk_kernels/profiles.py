@@ -1,9 +1,9 @@
 """Tuned profiles: load one, look problems up in it, and find the right one for a device.
 
 A profile is a YAML file. Its `kernels` part is bound to a device and a toolchain; its `policies` part is
-portable. The ladder of `find`, first hit wins: explicit path → `CHIPMUNK_PROFILE` → `chipmunk-profile.yaml` in
-the working directory → the packaged profile of exactly this device → a packaged one of the same architecture
-(marked as transferred) → safe defaults. What was used is logged once.
+portable. The ladder of `find`, first hit wins: explicit path → `CHIPMUNK_PROFILE` → `chipmunk-profile.yaml`
+in the working directory → the packaged profile of exactly this device → a packaged one of the same
+architecture (marked as transferred) → safe defaults. What was used is logged once.
 
 A path that a person named (argument or environment) must be readable, else `ProfileError`. Anything that was
 only come across is a miss with one warning when it is broken, and so is a broken entry inside a good file.
