@@ -1,0 +1,144 @@
+"""What can be tried for a problem: every launch setting of every kernel that can run it, the defaults
+first."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chipmunk_kernels import registry
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel with one choice of its settings."""
+
+    kernel: Kernel
+    settings: LaunchSettings
+
+    @property
+    def key(self) -> str:
+        """`triton {"block_m": 128, ...}`: stable, readable, unique within a problem."""
+        return f"{self.kernel.backend} {self.settings.as_json()}"
+
+    @property
+    def is_default(self) -> bool:
+        return self.settings == self.kernel.settings()
+
+    def parameters(self) -> dict[str, Any]:
+        """As the parameters of an Optuna trial."""
+        own = {f"{self.kernel.backend}.{name}": value for name, value in self.settings.as_dict().items()}
+        return {"backend": self.kernel.backend, **own}
+
+
+class Space:
+    """The candidates of one problem on one device.
+
+    Attributes:
+        kernels: those that can run it here.
+        refused: backend → why its kernel cannot.
+        misfits: reason → how many settings it ruled out before anything was built.
+    """
+
+    def __init__(
+        self, problem: Problem, device: torch.device, shared_memory_bytes: int | None = None
+    ) -> None:
+        self._problem, self._shared_memory = problem, shared_memory_bytes
+        self.refused: dict[str, str] = {}
+        self.misfits: Counter[str] = Counter()
+        self.kernels: list[Kernel] = []
+        for backend in registry.BACKENDS:
+            reason = why_not(problem, backend, device)
+            if reason is None:
+                self.kernels.append(registry.kernel(problem.operation, backend))
+            else:
+                self.refused[backend] = reason
+
+    @property
+    def size(self) -> int:
+        """How many settings are declared, fitting or not."""
+        return sum(math.prod(map(len, kernel.settings.space().values())) for kernel in self.kernels)
+
+    @cached_property
+    def candidates(self) -> dict[str, Candidate]:
+        """Key → candidate, for all that fit: defaults first, in the order of the backends, newest hardware
+        path last as declared."""
+        every = [Candidate(kernel, kernel.settings()) for kernel in self.kernels]
+        for kernel in self.kernels:
+            every += [Candidate(kernel, settings) for settings in _all_settings(kernel)]
+        found: dict[str, Candidate] = {}
+        for candidate in every:
+            reason = candidate.settings.misfit(self._problem, self._shared_memory)
+            if reason is None:
+                found.setdefault(candidate.key, candidate)
+            else:
+                self.misfits[reason] += 1
+        return found
+
+    def defaults(self) -> list[Candidate]:
+        return [candidate for candidate in self.candidates.values() if candidate.is_default]
+
+    def find(self, backend: str, settings: dict[str, Any]) -> Candidate | None:
+        """The fitting candidate of these settings, None if there is none such."""
+        for kernel in self.kernels:
+            if kernel.backend == backend:
+                try:
+                    wanted = Candidate(kernel, kernel.settings.from_mapping(settings))
+                except (TypeError, ValueError):
+                    return None
+                return self.candidates.get(wanted.key)
+        return None
+
+    def suggest(self, trial: optuna.Trial) -> Candidate | None:
+        """What an Optuna trial proposes; None if it does not fit."""
+        names = [kernel.backend for kernel in self.kernels]
+        kernel = self.kernels[names.index(trial.suggest_categorical("backend", names))]
+        values = {
+            name: trial.suggest_categorical(f"{kernel.backend}.{name}", choices)
+            for name, choices in kernel.settings.space().items()
+        }
+        return self.find(kernel.backend, values)
+
+    def distributions(self, candidate: Candidate) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The Optuna distributions that the parameters of a candidate come from."""
+        from optuna.distributions import CategoricalDistribution
+
+        backend = candidate.kernel.backend
+        own = {
+            f"{backend}.{name}": CategoricalDistribution(choices)
+            for name, choices in candidate.kernel.settings.space().items()
+        }
+        return {"backend": CategoricalDistribution([kernel.backend for kernel in self.kernels]), **own}
+
+
+def why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
+    """Why a backend has nothing to offer for a problem on a device, or None."""
+    if device.type == "cpu" and backend != "torch":
+        # Triton's interpreter does run there, to test kernels: its times say nothing about anything.
+        return registry.unavailable(backend, device) or f"{backend} only interprets kernels on a CPU"
+    reason = registry.unavailable(backend, device)
+    if reason is not None:
+        return reason
+    kernel = registry.kernels(backend).get(problem.operation)
+    if kernel is None:
+        return f"it has no {problem.operation} kernel"
+    return kernel.unsupported(getattr(torch, problem.dtype), problem.width)
+
+
+def _all_settings(kernel: Kernel) -> Iterator[LaunchSettings]:
+    space = kernel.settings.space()
+    for values in itertools.product(*space.values()):
+        yield kernel.settings(**dict(zip(space, values, strict=True)))

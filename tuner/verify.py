@@ -1,0 +1,317 @@
+"""Is a candidate right? A gate that every candidate passes before it is timed.
+
+The truth is `reference/` in float64; the budget is twice the error of the same reference computed in the
+kernel's own dtype, plus a rounding band. Two cases are checked, on fresh random inputs and with uninitialised
+memory filled with NaN (integers: the largest value):
+
+- a small problem of the same structure (dtype, width, group size) whose groups keep from no column to all of
+  them, compared everywhere: dropping one column shows where few are kept;
+- the very problem at full size, with sampled groups compared (first, last and ragged, two by chance), since a
+  float64 reference of all of it would cost minutes. Every output value must be finite there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from chipmunk_kernels.columns import ColumnSet, group_count
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings
+from reference import attention, gather, group_mean, mlp, select
+from tuner.problem import Case, make_case
+
+Outputs = dict[str, Tensor]
+Place = tuple[int, int, int]
+EXACT = ("topk_columns", "gather_columns", "scatter_columns")
+"""Operations that only choose or move: not one bit may differ."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of a verification: the worst output by error over budget, and where it was.
+
+    Attributes:
+        error: largest absolute difference from the float64 truth.
+        budget: what was allowed.
+        where: which output of which case.
+        reason: why it failed for another cause than the error, or None.
+    """
+
+    error: float
+    budget: float
+    where: str
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.reason is None and self.error <= self.budget
+
+    def explain(self) -> str:
+        return self.reason or f"{self.where}: error {self.error:.3e}, budget {self.budget:.3e}"
+
+
+def verify(
+    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
+) -> Check:
+    """Run both cases. Whatever the kernel raises goes to the caller."""
+    small = _check_everywhere(kernel, settings, shrunken(problem), device, seed)
+    if not small.ok:
+        return small
+    return _worst([small, _check_sampled(kernel, settings, problem, device, seed + 1)])
+
+
+def shrunken(problem: Problem) -> Problem:
+    """The same structure at a size whose reference takes milliseconds: three groups, the last one ragged."""
+    group = compared_rows(problem)
+    return replace(
+        problem,
+        batch=min(2, problem.batch + 1),
+        heads=min(2, problem.heads),
+        rows=min(problem.rows, 2 * group + max(1, group // 3)),
+        columns=min(problem.columns, 611),
+        density=min(1.0, max(problem.density, 0.02)) if problem.columns > 611 else problem.density,
+    )
+
+
+def compared_rows(problem: Problem) -> int:
+    """Rows compared together: a group, or a tile of rows where a problem has no groups."""
+    return problem.group_size if problem.group_size > 1 else 128
+
+
+def _check_everywhere(
+    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
+) -> Check:
+    case = make_case(problem, device, seed, ragged=True)
+    truth, peer = _expected_small(problem, str(device), seed)
+    with poisoned_memory():
+        outputs = _comparable(case, case.run(kernel, settings))
+    _synchronize(device)
+    return _compare(outputs, truth, peer, problem, "small case")
+
+
+@functools.lru_cache(maxsize=16)
+def _expected_small(problem: Problem, device: str, seed: int) -> tuple[Outputs, Outputs]:
+    """Truth and peer, shared by every candidate of a problem: they depend on inputs alone."""
+    case = make_case(problem, device, seed, ragged=True)
+    return _reference(problem.operation, _as_float64(case.inputs)), _reference(problem.operation, case.inputs)
+
+
+def _check_sampled(
+    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
+) -> Check:
+    case = make_case(problem, device, seed)
+    with poisoned_memory():
+        outputs = case.run(kernel, settings)
+    _synchronize(device)
+    broken = _unsound(case, outputs)
+    if broken is not None:
+        return Check(math.inf, 0.0, "full size", f"full size: {broken}")
+    checks = []
+    for place in _places(problem, seed):
+        inputs = {name: _sliced(name, value, place, case) for name, value in _before(case).items()}
+        truth = _reference(problem.operation, _as_float64(inputs))
+        peer = _reference(problem.operation, inputs)
+        part = {name: _sliced(name, value, place, case) for name, value in outputs.items()}
+        checks.append(_compare(_comparable(case, part), truth, peer, problem, f"full size, group {place}"))
+    return _worst(checks)
+
+
+def _places(problem: Problem, seed: int) -> list[Place]:
+    """(b, h, g): the first, the last (ragged) one, and two more."""
+    chance = random.Random(seed)
+    extents = (problem.batch, problem.heads, group_count(problem.rows, compared_rows(problem)))
+    drawn = [tuple(chance.randrange(extent) for extent in extents) for _ in range(2)]
+    corners = [(0, 0, 0), tuple(extent - 1 for extent in extents)]
+    return [(b, h, g) for b, h, g in dict.fromkeys([*corners, *drawn])]
+
+
+def _before(case: Case) -> dict[str, Any]:
+    """The inputs as they were before the kernel wrote into some of them."""
+    return {**case.inputs, **case.pristine}
+
+
+def _sliced(name: str, value: Any, place: Place, case: Case) -> Any:
+    """One group's part of an input or output, keeping every dimension."""
+    slices = _slices(name, place, case)
+    if isinstance(value, ColumnSet):
+        return ColumnSet(
+            value.indices[slices].contiguous(), value.counts[slices].contiguous(), value.group_size
+        )
+    return value[slices] if isinstance(value, Tensor) and slices else value
+
+
+def _slices(name: str, place: Place, case: Case) -> tuple[slice, ...]:
+    problem = case.problem
+    b, h, g = (slice(i, i + 1) for i in place)
+    size = compared_rows(problem)
+    rows = slice(place[2] * size, min((place[2] + 1) * size, problem.rows))
+    every = slice(None)
+    if name in ("columns", "scores", "indices", "counts", "packed", "mass"):
+        return b, h, g
+    if name in ("k", "v") or (name, problem.operation) == ("x", "gather_columns"):
+        return b, h
+    if name in ("q", "base", "lse", "lse_prev") or (name == "out" and problem.operation != "scatter_columns"):
+        return b, h, rows
+    if name == "out":
+        return b, h, every, rows
+    if name in ("x", "output_cache"):
+        return b, rows
+    if name == "activation_cache":
+        return b, every, rows
+    if name == "means":
+        return b, g
+    return ()
+
+
+def _reference(operation: str, inputs: Mapping[str, Any]) -> Outputs:
+    """The reference's outputs, named as `named_outputs` names a kernel's."""
+    i = dict(inputs)
+    columns = i.pop("columns", None)
+    chosen = {} if columns is None else _parts(columns)
+    if operation == "dense_attention":
+        out, lse = attention.dense_attention(**i)
+        return {"out": out, "lse": lse}
+    if operation == "colsum_attention":
+        out, lse, mass = attention.colsum_attention(**i)
+        return {"out": out, "lse": lse, "mass": mass}
+    if operation == "sparse_attention":
+        out, lse = attention.sparse_attention(**i, **chosen)
+        return {"out": out, "lse": lse}
+    if operation == "topk_columns":
+        return {"kept": _topk_mask(i)}
+    if operation == "gather_columns":
+        return {"packed": gather.gather_columns(**i, **chosen)}
+    if operation == "scatter_columns":
+        return {"out": gather.scatter_columns(**i, **chosen)}
+    if operation == "sparse_mlp":
+        cache, out = mlp.sparse_mlp(**i, **chosen)
+        return {"activation_cache": cache, "output_cache": out}
+    return {"means": group_mean.group_mean(i["x"], i["group_size"])}
+
+
+def _parts(columns: ColumnSet) -> dict[str, Any]:
+    return {"indices": columns.indices, "counts": columns.counts, "group_size": columns.group_size}
+
+
+def _topk_mask(inputs: dict[str, Any]) -> Tensor:
+    """The reference's selection, for always-kept columns that lead the row, as cases have them."""
+    scores, always = inputs["scores"], inputs["always"]
+    indices, counts = select.topk_columns(
+        scores,
+        inputs["k"],
+        group_size=1,
+        keep=[] if always is None else [(0, int(always[0].sum()))],
+        random=inputs["random"],
+        seed=inputs["seed"],
+        key_length=inputs["key_length"],
+    )
+    return _mask(indices, counts, scores.shape[-1])
+
+
+def _comparable(case: Case, outputs: Outputs) -> Outputs:
+    """Outputs as the reference gives them: a selection as a mask, for its padding slots may hold anything."""
+    if case.problem.operation == "topk_columns":
+        return {"kept": _mask(outputs["indices"], outputs["counts"], case.problem.columns)}
+    return outputs
+
+
+def _mask(indices: Tensor, counts: Tensor, columns: int) -> Tensor:
+    return ColumnSet(indices.to(torch.int32), counts.to(torch.int32), 1).to_mask(columns)
+
+
+def _unsound(case: Case, outputs: Outputs) -> str | None:
+    """What is wrong with a full-size output that sampled groups might miss, or None."""
+    if case.problem.operation == "topk_columns":
+        found = ColumnSet(outputs["indices"], outputs["counts"], case.problem.group_size)
+        try:
+            found.validate(case.problem.rows, case.problem.columns)
+        except ValueError as error:
+            return str(error)
+        return None
+    for name, value in outputs.items():
+        bad = ~torch.isfinite(value)
+        if bool(bad.any()):
+            return f"{name}: {int(bad.sum())} values are not finite"
+    return None
+
+
+def _compare(outputs: Outputs, truth: Outputs, peer: Outputs, problem: Problem, case_name: str) -> Check:
+    checks = []
+    for name, expected in truth.items():
+        where = f"{case_name}, {name}"
+        if outputs[name].shape != expected.shape:
+            got, wanted = tuple(outputs[name].shape), tuple(expected.shape)
+            return Check(math.inf, 0.0, where, f"{where}: expected shape {wanted}, got {got}")
+        budget = 0.0 if problem.operation in EXACT else error_budget(peer[name], expected, problem.dtype)
+        checks.append(Check(max_error(outputs[name], expected), budget, where))
+    return _worst(checks)
+
+
+def max_error(actual: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference; infinite where only one is finite, or infinities differ."""
+    actual, truth = actual.double(), truth.to(actual.device).double()
+    difference = torch.where(actual == truth, 0.0, (actual - truth).abs()).nan_to_num(nan=math.inf)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def error_budget(peer: Tensor, truth: Tensor, dtype: str) -> float:
+    """2 × (error of the peer in the kernel's dtype + rounding of the largest value in that dtype)."""
+    finite = truth[torch.isfinite(truth)].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return 2.0 * (max_error(peer, truth) + torch.finfo(getattr(torch, dtype)).eps * largest)
+
+
+def _worst(checks: list[Check]) -> Check:
+    failed = [check for check in checks if not check.ok]
+    return max(
+        failed or checks, key=lambda check: check.error / check.budget if check.budget else check.error
+    )
+
+
+def _as_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    """A kernel that failed says so at the next synchronisation: make that here, not in somebody else's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_FILL = "fill_uninitialized_memory"
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` hands out with NaN (integers: the largest value): what is never written shows.
+
+    Uses PyTorch's own switch, which needs deterministic algorithms on; `warn_only` keeps operators working
+    that have no deterministic form, and their warnings are of no interest here.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = getattr(deterministic, _FILL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        setattr(deterministic, _FILL, True)
+        try:
+            yield
+        finally:
+            setattr(deterministic, _FILL, filled)
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
