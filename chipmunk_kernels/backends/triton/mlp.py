@@ -1,0 +1,249 @@
+"""The sparse MLP delta in two kernels: up-projection and cache update, then down-projection into the output.
+
+Up computes the transposed tile (neurons × tokens): the activation cache is neuron-major, so its rows are
+read and written along tokens, and the packed delta keeps that layout `(B, G, C, group_size)`. The new activation
+is rounded to the cache's dtype first and the delta taken from the rounded value, so that the caches stay
+consistent: the output gains exactly what the activation cache gains.
+
+Program order: a band of `band` token groups shares one weight block before the next block begins. Column
+lists ascend, so the same slots of neighbouring groups lie near each other in the weights and meet in the L2
+cache; a band bounds how many activations compete with them for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk_kernels.backends.triton.launch import on_device, register_cap, tile_rows, tile_warps
+from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings, choice
+
+
+@dataclass(frozen=True)
+class SparseMlpSettings(LaunchSettings):
+    """Tiles of the two kernels.
+
+    Attributes:
+        up_columns: neurons per program of the up-projection.
+        up_tokens: tokens per program of the up-projection.
+        up_depth: model features per step of its loop.
+        up_warps, up_stages: its warps and pipeline stages.
+        up_registers: cap on a thread's registers, 0 for none. 128 lets two programs of 8 warps share a
+            multiprocessor, so that one's products cover the other's long epilogue; spills nothing on sm_90.
+        down_tokens: tokens per program of the down-projection.
+        down_width: output features per program.
+        down_depth: kept neurons per step of its loop.
+        down_warps, down_stages: its warps and pipeline stages.
+        band: token groups that share a weight block before the next one begins.
+    """
+
+    up_columns: int = choice(128, 64, 128, 256)
+    up_tokens: int = choice(128, 64, 128)
+    up_depth: int = choice(64, 32, 64, 128)
+    up_warps: int = choice(8, 4, 8)
+    up_stages: int = choice(3, 2, 3, 4)
+    up_registers: int = choice(0, 0, 128)
+    down_tokens: int = choice(128, 64, 128)
+    down_width: int = choice(128, 64, 128, 256)
+    down_depth: int = choice(64, 32, 64, 128)
+    down_warps: int = choice(8, 4, 8)
+    down_stages: int = choice(3, 2, 3, 4)
+    band: int = choice(32, 8, 32, 128)
+
+    def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
+        rows = min(problem.group_size, problem.rows)
+        size = 4 if problem.dtype == "float32" else 2
+        kernels = (
+            ("up", self.up_columns, self.up_tokens, self.up_depth, self.up_warps, self.up_stages),
+            ("down", self.down_width, self.down_tokens, self.down_depth, self.down_warps, self.down_stages),
+        )
+        for name, wide, tokens, depth, warps, stages in kernels:
+            if tokens != tile_rows(tokens, rows):
+                return f"{name}_tokens {tokens} is wider than a group of {rows} rows"
+            # An accumulator of more than 128 registers a thread leaves too few of the 255 for the rest.
+            if wide * tokens > 128 * 32 * warps:
+                return f"{name}: a {wide} × {tokens} accumulator does not fit the registers of {warps} warps"
+            # One buffer fewer than stages is the least that any compute capability takes.
+            needed = (wide + tokens) * depth * size * (stages - 1)
+            if shared_memory_bytes is not None and needed > shared_memory_bytes:
+                return f"{name}: needs {needed} bytes of shared memory, the device has {shared_memory_bytes}"
+        if self.up_registers and self.up_columns * self.up_tokens > 64 * 32 * self.up_warps:
+            return f"up: its accumulator would spill under a cap of {self.up_registers} registers"
+        return None
+
+
+@triton.jit
+def _gelu_tanh(x):
+    """GELU's tanh form as x · sigmoid(2u): for negative x, 1 + tanh(u) would cancel every digit."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def _in_bands(program, blocks, groups, tiles, BAND: tl.constexpr):
+    """(block, group, tile of the group's tokens): in each band of groups, tile varies fastest, then group."""
+    per_group = blocks * tiles
+    first = program // (BAND * per_group) * BAND
+    wide = tl.minimum(groups - first, BAND)
+    program -= first * per_group
+    return program // (wide * tiles), first + program // tiles % wide, program % tiles
+
+
+@triton.jit(do_not_specialize=["groups", "capacity", "blocks", "tiles"])
+def up_kernel(
+    x, w1, b1, indices, counts, cache, packed,
+    groups, capacity, group_size, tokens, width, blocks, tiles,
+    x_b, x_m, w1_f, cache_b, cache_f,
+    BAND: tl.constexpr,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Packed delta of a block of kept neurons for one tile of a group's tokens; the cache takes the new."""
+    block, group, tile = _in_bands(tl.program_id(0), blocks, groups, tiles, BAND)
+    b = tl.program_id(1).to(tl.int64)
+    row = b * groups + group
+    count = tl.load(counts + row)
+    if block * COLUMNS < count:
+        slots = block * COLUMNS + tl.arange(0, COLUMNS)
+        kept = slots < count
+        columns = tl.load(indices + row * capacity + slots, mask=kept, other=0).to(tl.int64)
+        within = tile * TOKENS + tl.arange(0, TOKENS)
+        m = group * group_size + within
+        real = (within < group_size) & (m < tokens)
+        # Clamped rather than masked: a masked-off row would only add work to a product that is discarded.
+        rows = tl.where(real, m, 0).to(tl.int64)
+        k = tl.arange(0, DEPTH)
+        weight = w1 + columns[:, None] * w1_f + k[None, :]
+        token = x + b * x_b + rows[None, :] * x_m + k[:, None]
+        total = tl.zeros((COLUMNS, TOKENS), tl.float32)
+        for start in range(0, width, DEPTH):
+            if EVEN:
+                a = tl.load(weight)
+                t = tl.load(token)
+            else:
+                a = tl.load(weight, mask=(start + k)[None, :] < width, other=0.0)
+                t = tl.load(token, mask=(start + k)[:, None] < width, other=0.0)
+            total = tl.dot(a, t, total, input_precision=PRECISION)
+            weight += DEPTH
+            token += DEPTH
+        if b1 is not None:
+            total += tl.load(b1 + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
+        mask = kept[:, None] & real[None, :]
+        target = cache + b * cache_b + columns[:, None] * cache_f + m[None, :]
+        fresh = _gelu_tanh(total).to(cache.dtype.element_ty)
+        delta = fresh.to(tl.float32) - tl.load(target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target, fresh, mask=mask)
+        # Zero past the last token: down reads whole groups, a mask by token count would break up its loads.
+        delta = tl.where(mask, delta, 0.0).to(packed.dtype.element_ty)
+        position = packed + (row * capacity + slots)[:, None] * group_size + within[None, :]
+        tl.store(position, delta, mask=kept[:, None] & (within < group_size)[None, :])
+
+
+@triton.jit(do_not_specialize=["groups", "capacity", "blocks", "tiles"])
+def down_kernel(
+    packed, w2, indices, counts, output,
+    groups, capacity, group_size, tokens, width, blocks, tiles,
+    w2_f, output_b, output_m,
+    BAND: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the output gains the packed delta times the kept neurons' rows of w2."""
+    block, group, tile = _in_bands(tl.program_id(0), blocks, groups, tiles, BAND)
+    b = tl.program_id(1).to(tl.int64)
+    row = b * groups + group
+    count = tl.load(counts + row)
+    if count > 0:
+        within = tile * TOKENS + tl.arange(0, TOKENS)
+        m = group * group_size + within
+        real = (within < group_size) & (m < tokens)
+        n = block * WIDTH + tl.arange(0, WIDTH)
+        inside = n < width
+        slots = tl.arange(0, DEPTH)
+        index = indices + row * capacity
+        delta = packed + row * capacity * group_size
+        delta += within[:, None] + slots.to(tl.int64)[None, :] * group_size
+        weight = w2 + n[None, :]
+        written = (within < group_size)[:, None]
+        total = tl.zeros((TOKENS, WIDTH), tl.float32)
+        # Indices are loaded one step early: a weight load that waits for an index load of its own step would
+        # leave the pipeline one tile deep whatever its stages.
+        columns = tl.load(index + slots, mask=slots < count, other=0)
+        for start in range(0, count, DEPTH):
+            kept = start + slots < count
+            d = tl.load(delta, mask=kept[None, :] & written, other=0.0)
+            w = tl.load(
+                weight + columns.to(tl.int64)[:, None] * w2_f, mask=kept[:, None] & inside[None, :], other=0.0
+            )
+            ahead = start + DEPTH + slots
+            columns = tl.load(index + ahead, mask=ahead < count, other=0)
+            total = tl.dot(d, w, total, input_precision=PRECISION)
+            delta += DEPTH * group_size
+        target = output + b * output_b + m.to(tl.int64)[:, None] * output_m + n[None, :]
+        mask = real[:, None] & inside[None, :]
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target, total.to(output.dtype.element_ty), mask=mask)
+
+
+def sparse_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2_by_neuron: Tensor,
+    columns: ColumnSet,
+    activation_cache: Tensor,
+    output_cache: Tensor,
+    activation: str,
+    settings: SparseMlpSettings,
+) -> None:
+    """Assign the kept neurons' new activations to activation_cache; add their change times w2 to output_cache.
+
+    x `(B, M, K)`, w1 `(F, K)`, b1 `(F,)` or None, w2_by_neuron `(F, Kout)`, activation_cache `(B, F, M)`,
+    output_cache `(B, M, Kout)`: last dimensions contiguous, other strides free. Scratch: one packed delta
+    `(B, G, C, group_size)` in x.dtype.
+
+    Raises:
+        ValueError: an activation other than `gelu_tanh`.
+    """
+    if activation != "gelu_tanh":
+        raise ValueError(f"activation: the triton backend computes 'gelu_tanh', got {activation!r}")
+    batch, tokens, width = x.shape
+    groups, capacity, group_size = columns.groups, columns.capacity, columns.group_size
+    width_out = w2_by_neuron.shape[1]
+    if batch * groups * capacity * tokens * width_out == 0:
+        return
+    indices, counts = columns.indices.contiguous(), columns.counts.contiguous()
+    packed = torch.empty(batch, groups, capacity, group_size, dtype=x.dtype, device=x.device)
+    # TF32 would keep only ten bits of a float32 factor.
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    rows = min(group_size, tokens)
+    up_tokens, down_tokens = tile_rows(settings.up_tokens, rows), tile_rows(settings.down_tokens, rows)
+    with on_device(x):
+        blocks, tiles = triton.cdiv(capacity, settings.up_columns), triton.cdiv(rows, up_tokens)
+        up_kernel[(blocks * tiles * groups, batch)](
+            x, w1, b1, indices, counts, activation_cache, packed,
+            groups, capacity, group_size, tokens, width, blocks, tiles,
+            x.stride(0), x.stride(1), w1.stride(0), activation_cache.stride(0), activation_cache.stride(1),
+            BAND=settings.band, COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=settings.up_depth,
+            EVEN=width % settings.up_depth == 0, PRECISION=precision,
+            num_warps=settings.up_warps, num_stages=settings.up_stages,
+            maxnreg=register_cap(settings.up_registers),
+        )  # fmt: skip
+        blocks, tiles = triton.cdiv(width_out, settings.down_width), triton.cdiv(rows, down_tokens)
+        down_kernel[(blocks * tiles * groups, batch)](
+            packed, w2_by_neuron, indices, counts, output_cache,
+            groups, capacity, group_size, tokens, width_out, blocks, tiles,
+            w2_by_neuron.stride(0), output_cache.stride(0), output_cache.stride(1),
+            BAND=settings.band, TOKENS=down_tokens, WIDTH=settings.down_width, DEPTH=settings.down_depth,
+            PRECISION=precision,
+            num_warps=tile_warps(settings.down_warps, down_tokens), num_stages=settings.down_stages,
+        )  # fmt: skip
+
+
+KERNELS = (Kernel("sparse_mlp", "triton", sparse_mlp, SparseMlpSettings),)
