@@ -1,0 +1,1 @@
+"""The public operations: argument checks, dispatch and `torch.library` registration, one file per family."""

@@ -1,0 +1,29 @@
+"""How attention outputs lie in memory: as the queries do, so that a model's transposes stay free."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_like_queries(q: Tensor) -> Tensor:
+    """An uninitialised, dense `(B, H, N, D)` tensor in the order of q: a transposed view if q is one.
+
+    Unlike `torch.empty_like`, q may be a slice of a fused projection.
+    """
+    batch, heads, rows, width = q.shape
+    if _rows_before_heads(q):
+        return torch.empty(batch, rows, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return torch.empty(batch, heads, rows, width, dtype=q.dtype, device=q.device)
+
+
+def laid_out_like_queries(out: Tensor, q: Tensor) -> Tensor:
+    """`out` itself where it already has the layout of `empty_like_queries`, else a copy that has."""
+    wanted = empty_like_queries(q.to("meta")).stride()
+    if all(size == 1 or a == b for size, a, b in zip(out.shape, out.stride(), wanted, strict=True)):
+        return out
+    return empty_like_queries(q).copy_(out)
+
+
+def _rows_before_heads(q: Tensor) -> bool:
+    return q.shape[1] > 1 and q.shape[2] > 1 and q.stride(1) < q.stride(2)
