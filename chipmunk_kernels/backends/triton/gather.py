@@ -7,13 +7,14 @@ bf16, at scattered addresses. A program moves a block of them, so that many load
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.launch import on_device
+from chipmunk_kernels.backends.triton.launch import on_device, signature
 from chipmunk_kernels.columns import ColumnSet, group_count
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
@@ -202,4 +203,28 @@ KERNELS = (
     Kernel("gather_columns", "triton", gather_columns, GatherSettings),
     Kernel("scatter_columns", "triton", scatter_columns, GatherSettings),
     Kernel("group_mean", "triton", group_mean, GroupMeanSettings),
+)
+
+_TYPES = {
+    **dict.fromkeys(("x", "out", "packed", "means"), "*bf16"),
+    **dict.fromkeys(("indices", "counts"), "*i32"),
+    **dict.fromkeys(("width", "extent", "packed_b", "packed_h", "packed_g", "packed_c"), "i32:16"),
+    **dict.fromkeys(("stride_b", "stride_h", "stride_n", "stride_m"), "i32:16"),
+}
+_GATHER, _MEAN = GatherSettings(), GroupMeanSettings()
+
+
+def _case(name: str, kernel: Any, warps: int, **constexprs: Any) -> tuple[Any, ...]:
+    return name, kernel, signature(kernel, _TYPES, constexprs), constexprs, warps, 3
+
+
+_MOVED = {"BLOCK_C": _GATHER.block_columns, "BLOCK_W": 128}
+COMPILE_CASES = (
+    _case("gather_columns rows", gather_kernel, _GATHER.num_warps, PER_GROUP=False, **_MOVED),
+    _case("gather_columns groups", gather_kernel, _GATHER.num_warps, PER_GROUP=True, **_MOVED),
+    _case("scatter_columns assign", scatter_kernel, _GATHER.num_warps, ACCUMULATE=False, **_MOVED),
+    _case("scatter_columns add", scatter_kernel, _GATHER.num_warps, ACCUMULATE=True, **_MOVED),
+    _case(
+        "group_mean", group_mean_kernel, _MEAN.num_warps, BLOCK_M=_MEAN.block_rows, BLOCK_W=_MEAN.block_width
+    ),
 )

@@ -1,9 +1,9 @@
 """The sparse MLP delta in two kernels: up-projection and cache update, then down-projection into the output.
 
 Up computes the transposed tile (neurons × tokens): the activation cache is neuron-major, so its rows are
-read and written along tokens, and the packed delta keeps that layout `(B, G, C, group_size)`. The new activation
-is rounded to the cache's dtype first and the delta taken from the rounded value, so that the caches stay
-consistent: the output gains exactly what the activation cache gains.
+read and written along tokens, and the packed delta keeps that layout `(B, G, C, group_size)`. The new
+activation is rounded to the cache's dtype first and the delta taken from the rounded value, so that the
+caches stay consistent: the output gains exactly what the activation cache gains.
 
 Program order: a band of `band` token groups shares one weight block before the next block begins. Column
 lists ascend, so the same slots of neighbouring groups lie near each other in the weights and meet in the L2
@@ -19,7 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.launch import on_device, register_cap, tile_rows, tile_warps
+from chipmunk_kernels.backends.triton.launch import (
+    on_device,
+    precision,
+    register_cap,
+    signature,
+    tile_rows,
+    tile_warps,
+)
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
@@ -202,7 +209,7 @@ def sparse_mlp(
     activation: str,
     settings: SparseMlpSettings,
 ) -> None:
-    """Assign the kept neurons' new activations to activation_cache; add their change times w2 to output_cache.
+    """Assign kept neurons' new activations to activation_cache, add their change times w2 to output_cache.
 
     x `(B, M, K)`, w1 `(F, K)`, b1 `(F,)` or None, w2_by_neuron `(F, Kout)`, activation_cache `(B, F, M)`,
     output_cache `(B, M, Kout)`: last dimensions contiguous, other strides free. Scratch: one packed delta
@@ -220,8 +227,6 @@ def sparse_mlp(
         return
     indices, counts = columns.indices.contiguous(), columns.counts.contiguous()
     packed = torch.empty(batch, groups, capacity, group_size, dtype=x.dtype, device=x.device)
-    # TF32 would keep only ten bits of a float32 factor.
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
     rows = min(group_size, tokens)
     up_tokens, down_tokens = tile_rows(settings.up_tokens, rows), tile_rows(settings.down_tokens, rows)
     with on_device(x):
@@ -231,7 +236,7 @@ def sparse_mlp(
             groups, capacity, group_size, tokens, width, blocks, tiles,
             x.stride(0), x.stride(1), w1.stride(0), activation_cache.stride(0), activation_cache.stride(1),
             BAND=settings.band, COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=settings.up_depth,
-            EVEN=width % settings.up_depth == 0, PRECISION=precision,
+            EVEN=width % settings.up_depth == 0, PRECISION=precision(x.dtype),
             num_warps=settings.up_warps, num_stages=settings.up_stages,
             maxnreg=register_cap(settings.up_registers),
         )  # fmt: skip
@@ -241,9 +246,35 @@ def sparse_mlp(
             groups, capacity, group_size, tokens, width_out, blocks, tiles,
             w2_by_neuron.stride(0), output_cache.stride(0), output_cache.stride(1),
             BAND=settings.band, TOKENS=down_tokens, WIDTH=settings.down_width, DEPTH=settings.down_depth,
-            PRECISION=precision,
+            PRECISION=precision(x.dtype),
             num_warps=tile_warps(settings.down_warps, down_tokens), num_stages=settings.down_stages,
         )  # fmt: skip
 
 
 KERNELS = (Kernel("sparse_mlp", "triton", sparse_mlp, SparseMlpSettings),)
+
+_DEFAULT = SparseMlpSettings()
+_TYPES = {
+    **dict.fromkeys(("x", "w1", "b1", "w2", "cache", "packed", "output"), "*bf16"),
+    **dict.fromkeys(("indices", "counts"), "*i32"),
+    **dict.fromkeys(("group_size", "tokens", "width"), "i32:16"),
+    **dict.fromkeys(("x_b", "x_m", "w1_f", "w2_f", "cache_b", "cache_f", "output_b", "output_m"), "i32:16"),
+}
+_UP = {
+    "BAND": _DEFAULT.band, "COLUMNS": _DEFAULT.up_columns, "TOKENS": _DEFAULT.up_tokens,
+    "DEPTH": _DEFAULT.up_depth, "EVEN": True, "PRECISION": "tf32",
+}  # fmt: skip
+_DOWN = {
+    "BAND": _DEFAULT.band, "TOKENS": _DEFAULT.down_tokens, "WIDTH": _DEFAULT.down_width,
+    "DEPTH": _DEFAULT.down_depth, "PRECISION": "tf32",
+}  # fmt: skip
+COMPILE_CASES = (
+    (
+        "sparse_mlp up", up_kernel, signature(up_kernel, _TYPES, _UP), _UP,
+        _DEFAULT.up_warps, _DEFAULT.up_stages,
+    ),
+    (
+        "sparse_mlp down", down_kernel, signature(down_kernel, _TYPES, _DOWN), _DOWN,
+        _DEFAULT.down_warps, _DEFAULT.down_stages,
+    ),
+)  # fmt: skip

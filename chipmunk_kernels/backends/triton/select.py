@@ -11,13 +11,14 @@ Everything that decides is an integer, or a float32 sum taken in a fixed order, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.launch import on_device
+from chipmunk_kernels.backends.triton.launch import on_device, signature
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -355,4 +356,28 @@ KERNELS = (
     Kernel("topk_columns", "triton", topk_columns, SelectSettings),
     Kernel("coverage_columns", "triton", coverage_columns, SelectSettings),
     Kernel("columns_from_mask", "triton", columns_from_mask, SelectSettings),
+)
+
+_DEFAULT = SelectSettings()
+_TYPES = {
+    "scores": "*fp32", "always": "*u8", "mask": "*u8", "indices": "*i32", "counts": "*i32", "coverage": "fp32",
+    **dict.fromkeys(("stride_b", "stride_h", "stride_g", "stride_always"), "i32:16"),
+}  # fmt: skip
+
+
+def _case(name: str, kernel: Any, **constexprs: Any) -> tuple[Any, ...]:
+    return name, kernel, signature(kernel, _TYPES, constexprs), constexprs, _DEFAULT.num_warps, 3
+
+
+_WALK = {
+    "HAS_ALWAYS": True,
+    "RANDOM": True,
+    "BLOCK": _DEFAULT.block,
+    "BITS": _DEFAULT.bits,
+    "SUM_BLOCK": SUM_BLOCK,
+}
+COMPILE_CASES = (
+    _case("topk_columns", select_kernel, COVERAGE=False, **_WALK),
+    _case("coverage_columns", select_kernel, COVERAGE=True, **_WALK),
+    _case("columns_from_mask", mask_kernel, BLOCK=_DEFAULT.block),
 )
