@@ -16,6 +16,8 @@ import torch
 from chipmunk_kernels.registry import Kernel
 
 OLDEST_CAPABILITY = (8, 0)
+FILES = ("dense_attention", "colsum_attention", "sparse_attention", "select", "gather", "mlp")
+"""The files with kernels: each exports `KERNELS`, and `COMPILE_CASES` for the compile-only report."""
 
 
 def interpreted() -> bool:
@@ -23,7 +25,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Why Triton cannot serve `device`, and the remedy; None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -31,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
     if interpreted():
         return None
     if device.type != "cuda":
-        return f"triton needs an NVIDIA GPU, got device {device}; use backend='torch', or set TRITON_INTERPRET=1 to test"
+        return f"triton needs an NVIDIA GPU, got {device}; use backend='torch' (to test: TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "triton needs an NVIDIA GPU and torch sees none; check the driver and the CUDA build of torch"
     if torch.version.hip is not None:
@@ -48,10 +49,5 @@ def unavailable(device: torch.device) -> str | None:
 @functools.cache
 def kernels() -> Mapping[str, Kernel]:
     """Operation → kernel. Imports triton."""
-    files = ("dense_attention", "colsum_attention", "sparse_attention", "select", "gather", "mlp")
-    modules = [
-        importlib.import_module(f"{__name__}.{file}")
-        for file in files
-        if importlib.util.find_spec(f"{__name__}.{file}") is not None
-    ]
+    modules = [importlib.import_module(f"{__name__}.{file}") for file in FILES]
     return {kernel.operation: kernel for module in modules for kernel in module.KERNELS}

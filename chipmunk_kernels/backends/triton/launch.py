@@ -1,0 +1,111 @@
+"""What the Triton attention launches share: device, supported types, and tiles that fit their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chipmunk_kernels.backends.triton import interpreted
+from chipmunk_kernels.problem import Problem
+
+LOG2E = 1.4426950408889634
+WIDTHS = (16, 32, 64, 128)
+SMALLEST_TILE = 16  # rows of one tensor-core instruction
+_ELSEWHERE = nullcontext()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `x` current: Triton launches on the current device's current stream.
+
+    Switching costs microseconds, so it is left out where there is nothing to switch.
+    """
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _ELSEWHERE
+    return torch.cuda.device(x.device)
+
+
+def unsupported_attention(dtype: torch.dtype, width: int) -> str | None:
+    """Why the attention kernels cannot run this dtype and head dimension, or None."""
+    if width not in WIDTHS:
+        return f"triton attention takes head dimensions {', '.join(map(str, WIDTHS))}; got {width}"
+    if dtype in (torch.float16, torch.bfloat16):
+        return None
+    if dtype == torch.float32:
+        # Exact float32 products have no tensor-core path: tiles of this size would spill on a real GPU.
+        return None if interpreted() else "triton attention takes float16 and bfloat16 on a GPU; got float32"
+    return f"triton attention takes float16 and bfloat16; got {dtype}"
+
+
+def tile_rows(block_m: int, rows: int) -> int:
+    """`block_m`, or the smallest power of two that covers `rows` where that is less."""
+    return min(block_m, max(SMALLEST_TILE, 1 << (rows - 1).bit_length()))
+
+
+def tile_warps(num_warps: int, block_m: int) -> int:
+    """`num_warps`, or fewer where a warp would own less than one tensor-core instruction's 16 rows."""
+    return min(num_warps, max(1, block_m // SMALLEST_TILE))
+
+
+def register_cap(max_registers: int) -> int | None:
+    """Triton's `maxnreg`: None leaves the choice to the compiler."""
+    return max_registers or None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for products of this dtype: exact for float32, of no effect on halves."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def key_limits(key_length: int | Tensor | None, keys: int) -> tuple[int, Tensor | None]:
+    """How many of `keys` take part, and the tensor that says less for each batch, if one was given."""
+    if isinstance(key_length, Tensor):
+        return keys, key_length
+    return (keys if key_length is None else max(0, min(key_length, keys))), None
+
+
+def attention_misfit(
+    problem: Problem,
+    shared_rows: int,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    buffers: int,
+    shared_memory_bytes: int | None,
+) -> str | None:
+    """Why a tile of attention cannot run, or cannot be worth trying; None if it may be.
+
+    At most `shared_rows` queries share a tile. Shared memory holds the query tile (from sm_90 on), and
+    `buffers` tiles of keys and as many of values.
+    """
+    if tile_rows(block_m, shared_rows) != block_m:
+        return f"block_m {block_m} is taller than the {shared_rows} rows that share a tile"
+    if tile_warps(num_warps, block_m) != num_warps:
+        return f"{num_warps} warps leave less than 16 of {block_m} rows to a warp"
+    item = getattr(torch, problem.dtype).itemsize
+    needed = item * problem.width * (block_m + 2 * buffers * block_n)
+    if shared_memory_bytes is not None and needed > shared_memory_bytes:
+        return f"needs about {needed} bytes of shared memory, the device has {shared_memory_bytes}"
+    # Output and logits accumulate in registers; what is left of a thread's 255 goes to addresses and softmax.
+    accumulators = block_m * (problem.width + block_n) // (num_warps * 32)
+    if accumulators > 224:
+        return f"needs {accumulators} accumulator registers a thread"
+    return None
+
+
+def signature(kernel: Any, types: Mapping[str, str], constexprs: Mapping[str, Any]) -> dict[str, str]:
+    """Argument types of a compile-only case (see resources.py), in the order of the kernel's arguments.
+
+    Those given; "constexpr" for compile-time constants; an int32 divisible by 16 for strides (`q_n`), since
+    real ones are; any int32 for the rest.
+    """
+
+    def kind(name: str) -> str:
+        if name in constexprs:
+            return "constexpr"
+        return types.get(name, "i32:16" if name[-2:] in ("_b", "_h", "_n") else "i32")
+
+    return {name: kind(name) for name in kernel.arg_names}

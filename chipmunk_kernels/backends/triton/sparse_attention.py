@@ -1,0 +1,202 @@
+"""Column-sparse attention: each group of queries attends to its own scattered columns only.
+
+One program handles up to BLOCK_M rows of one group: it reads the group's column list, gathers those rows of k
+and v straight into shared memory (asynchronous copies to computed addresses; TMA cannot gather on Hopper), and
+adds the normalised result to the base while it is still in registers.
+
+Programs run heads outermost, so that those in flight share one head's keys and values in the L2 cache, and
+lists ascend, so that they read the same neighbourhood at the same time.
+
+The compiler pipelines the chain list → rows → product: with 3 stages the list runs two tiles ahead and the
+gathered rows one. Keys are loaded as rows and transposed by the product, so that keys and values share
+addresses (on sm_90 that took 10 % of the loop's instructions and most of its spills away).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk_kernels.backends.triton.flash import attend, log_sum_exp, reciprocal
+from chipmunk_kernels.backends.triton.launch import (
+    LOG2E,
+    attention_misfit,
+    on_device,
+    precision,
+    register_cap,
+    signature,
+    tile_rows,
+    tile_warps,
+    unsupported_attention,
+)
+from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings, choice
+
+
+@dataclass(frozen=True)
+class SparseAttentionSettings(LaunchSettings):
+    """Tile and launch of the column-sparse attention kernel.
+
+    Attributes:
+        block_m: query rows of a program; cut to the group where that is shorter.
+        block_n: columns gathered at a time.
+        num_warps: 8 spill on no GPU; 4 were faster on an H200 (128×64, 3 stages: 406 TFLOP/s at N = 118656).
+        num_stages: depth of the list → rows → product pipeline.
+        max_registers: cap on a thread's registers, so that more programs fit a multiprocessor; 0 is no cap.
+        peel_tail: whether the last, partly filled tile runs apart from the loop. Apart, the loop carries no
+            masks (750 instructions a tile instead of 824 on sm_90), but nothing hides the tail's loads.
+    """
+
+    block_m: int = choice(128, 64, 128)
+    block_n: int = choice(64, 32, 64, 128)
+    num_warps: int = choice(8, 4, 8)
+    num_stages: int = choice(3, 2, 3, 5)
+    max_registers: int = choice(0, 0, 128)
+    peel_tail: bool = choice(True, True, False)
+
+    def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
+        buffers = max(2, self.num_stages // 2 + 1)  # every other pipeline stage is the column list's
+        return attention_misfit(
+            problem, problem.group_size, self.block_m, self.block_n, self.num_warps,
+            buffers, shared_memory_bytes,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "groups", "capacity", "group_size", "tiles"])
+def sparse_attention_kernel(
+    q, k, v, indices, counts, base, out, lse,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, base_b, base_h, base_n, out_b, out_h, out_n,
+    heads, rows, groups, capacity, group_size, tiles, scale_log2, sign,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAME_ROWS: tl.constexpr, PEEL_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row tile of one group. `tiles` row tiles make a group; SAME_ROWS says that k_n equals v_n."""
+    pair = tl.program_id(0) // (groups * tiles)
+    tile = tl.program_id(0) % (groups * tiles)
+    group = tile // tiles
+    b = (pair // heads).to(tl.int64)
+    h = (pair % heads).to(tl.int64)
+    row = group * group_size + (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < tl.minimum((group + 1) * group_size, rows)
+    row = row.to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    slots = tl.arange(0, BLOCK_N)
+    if SAME_ROWS:
+        v_n = k_n
+
+    which = pair.to(tl.int64) * groups + group
+    kept = tl.load(counts + which)
+    columns = indices + which * capacity
+    k += b * k_b + h * k_h + d[None, :]
+    v += b * v_b + h * v_h + d[None, :]
+    q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    full = 0
+    if PEEL_TAIL:
+        full = kept // BLOCK_N * BLOCK_N
+        for start in tl.range(0, full, BLOCK_N):
+            column = tl.load(columns + start + slots).to(tl.int64)[:, None]
+            m, l, acc, _ = attend(
+                q_tile, k + column * k_n, v + column * v_n, slots < BLOCK_N,
+                m, l, acc, scale_log2, False, PRECISION,
+            )  # fmt: skip
+        if full < kept:
+            slot = full + slots
+            column = tl.load(columns + tl.minimum(slot, kept - 1)).to(tl.int64)[:, None]
+            m, l, acc, _ = attend(
+                q_tile, k + column * k_n, v + column * v_n, slot < kept,
+                m, l, acc, scale_log2, True, PRECISION,
+            )  # fmt: skip
+    else:
+        for start in tl.range(0, kept, BLOCK_N):
+            slot = start + slots
+            column = tl.load(columns + tl.minimum(slot, kept - 1)).to(tl.int64)[:, None]
+            m, l, acc, _ = attend(
+                q_tile, k + column * k_n, v + column * v_n, slot < kept,
+                m, l, acc, scale_log2, True, PRECISION,
+            )  # fmt: skip
+
+    result = acc * (sign * reciprocal(l))[:, None]
+    if base is not None:
+        base_rows = base + b * base_b + h * base_h + row[:, None] * base_n + d[None, :]
+        result += tl.load(base_rows, mask=inside[:, None], other=0.0).to(tl.float32)
+    out_rows = out + b * out_b + h * out_h + row[:, None] * out_n + d[None, :]
+    tl.store(out_rows, result.to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse + pair.to(tl.int64) * rows + row, log_sum_exp(m, l), mask=inside)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: ColumnSet,
+    base: Tensor | None,
+    sign: int,
+    scale: float,
+    settings: SparseAttentionSettings,
+) -> tuple[Tensor, Tensor]:
+    """out = base + sign · softmax(q K[cols]ᵀ · scale) V[cols], and the softmax's natural-log normaliser.
+
+    Args:
+        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous, nothing is copied.
+        columns: the kept columns of every group of `columns.group_size` queries.
+        base: `(B, H, N, D)` of any float dtype, or None for zeros.
+        sign: +1 or −1.
+        scale: of the logits.
+
+    Returns:
+        out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32. A group that keeps
+        nothing gives its base, or zeros, and lse = −∞.
+    """
+    batch, heads, rows, width = q.shape
+    out = empty_like_queries(q)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    if scale < 0:
+        q, scale = -q, -scale  # the running maximum is taken before scaling
+    block_m = tile_rows(settings.block_m, columns.group_size)
+    tiles = -(-columns.group_size // block_m)
+    base_strides = (0, 0, 0) if base is None else base.stride()[:3]
+    with on_device(q):
+        sparse_attention_kernel[(batch * heads * columns.groups * tiles,)](
+            q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
+            heads, rows, columns.groups, columns.capacity, columns.group_size, tiles,
+            scale * LOG2E, float(sign),
+            WIDTH=width, BLOCK_M=block_m, BLOCK_N=settings.block_n,
+            SAME_ROWS=k.stride(2) == v.stride(2), PEEL_TAIL=settings.peel_tail,
+            PRECISION=precision(q.dtype),
+            num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
+            maxnreg=register_cap(settings.max_registers),
+        )  # fmt: skip
+    return out, lse
+
+
+KERNELS = (
+    Kernel("sparse_attention", "triton", sparse_attention, SparseAttentionSettings, unsupported_attention),
+)
+
+_DEFAULT = SparseAttentionSettings()
+_CONSTEXPRS = {
+    "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "SAME_ROWS": True,
+    "PEEL_TAIL": _DEFAULT.peel_tail, "PRECISION": "tf32",
+}  # fmt: skip
+_TYPES = {
+    "q": "*bf16", "k": "*bf16", "v": "*bf16", "indices": "*i32", "counts": "*i32",
+    "base": "*bf16", "out": "*bf16", "lse": "*fp32", "scale_log2": "fp32", "sign": "fp32",
+}  # fmt: skip
+COMPILE_CASES = (
+    (
+        "sparse_attention", sparse_attention_kernel, signature(sparse_attention_kernel, _TYPES, _CONSTEXPRS),
+        _CONSTEXPRS, _DEFAULT.num_warps, _DEFAULT.num_stages,
+    ),
+)  # fmt: skip
