@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suites.end_to_end.errors import UsageError, unknown
+from suites.end_to_end.errors import UsageError
 from suites.end_to_end.prompts import PROMPTS
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 cannot do what was asked, 130 interrupted (what is finished is recorded)."""
     options = _parser().parse_args(arguments)
+    quiet_libraries()
     try:
         return _run(options)
     except UsageError as error:
@@ -91,9 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'chipmunk-kernels[run]'")
+    require_packages()
 
     import torch
 
@@ -103,8 +103,8 @@ def _run(options: argparse.Namespace) -> int:
 
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    profile = _profile(options.profile, device)
-    policy = _policy(options, profile)
+    profile = resolve_profile(options.profile, device)
+    policy = resolve_policy(options.policy or _own_policy(options), profile)
     subject, dimensions = _subject(options, device, dtype)
     facts = machine(device)
     settings: dict[str, Any] = {
@@ -191,7 +191,20 @@ def _subject(
     )
 
 
-def _profile(path: str | None, device: torch.device) -> Any:
+def quiet_libraries() -> None:
+    """Keep the model libraries' advice off stderr unless the user asks for it. Before they are imported."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def require_packages(*more: str) -> None:
+    """Raise UsageError where a package that a run needs is not installed."""
+    missing = [package for package in (*NEEDED, *more) if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed; run: pip install 'chipmunk-kernels[run]'")
+
+
+def resolve_profile(path: str | None, device: torch.device) -> Any:
     """The tuned profile: the given file, or what the ladder finds for this machine."""
     from chipmunk_kernels import profiles
 
@@ -207,25 +220,24 @@ def _profile_note(profile: Any) -> str:
     return f"{profile.path} ({profile.rung})" if profile.path else str(profile.rung)
 
 
-def _policy(options: argparse.Namespace, profile: Any) -> Policy:
-    """By name, the profile's policies first (tuned for it), then the built-in ones; or a YAML file."""
-    from chipmunk_kernels.delta.policies import load_policy, names
+def resolve_policy(name: str, profile: Any) -> Policy:
+    """By name, the profile's policies first (tuned for it), then the built-in; or a YAML file."""
+    from chipmunk_kernels.delta.policies import load_policy
 
-    name = options.policy
-    if name is None:
-        if options.family == "hunyuan":
-            name = "hunyuan-video"
-        else:
-            shipped = options.model is None and options.random_weights is None
-            name = "flux-shapes" if shipped else "flux-dev"
     if name in profile.policies:
         return profile.policies[name]
-    if name not in names() and not Path(name).exists():
-        raise unknown("policy", name, {*names(), *profile.policies})
     try:
         return load_policy(name)
     except (ValueError, OSError) as error:
         raise UsageError(f"--policy {name}: {error}") from error
+
+
+def _own_policy(options: argparse.Namespace) -> str:
+    """The policy of the model that is run."""
+    if options.family == "hunyuan":
+        return "hunyuan-video"
+    shipped = options.model is None and options.random_weights is None
+    return "flux-shapes" if shipped else "flux-dev"
 
 
 def _default_output(settings: dict[str, Any]) -> Path:

@@ -41,7 +41,7 @@ def to_picture(array: NDArray) -> NDArray:
 
 
 def amplification(difference: NDArray) -> int:
-    """The greatest power of two, up to 64, that leaves the 99th percentile of a difference at one half or less.
+    """The greatest power of two, up to 64, that leaves a difference's 99th percentile at one half or less.
 
     A fixed factor would saturate bad runs and hide good ones.
     """
@@ -55,7 +55,7 @@ def amplification(difference: NDArray) -> int:
 def triptych(
     dense: NDArray, sparse: NDArray, figures: Sequence[str], value_range: float | None
 ) -> list[Panel]:
-    """The three panels of one prompt. `value_range` None: latents, shown over the bulk of the dense values."""
+    """The three panels of one prompt. `value_range` None: latents, shown over the bulk of dense values."""
     low, high = 0.0, value_range or 1.0
     if value_range is None:
         low, high = (float(np.quantile(dense, q)) for q in (0.01, 0.99))
@@ -72,7 +72,7 @@ def triptych(
 
 
 def _scaled(picture: NDArray, least: int, most: int | None) -> Image.Image:
-    """Small pictures grow by whole pixels, so that nothing is invented; wider ones than `most` are reduced."""
+    """Small pictures grow by whole pixels, so that nothing is invented; wider than `most` are reduced."""
     image = Image.fromarray(picture)
     if most is not None and image.width > most:
         return image.resize((most, round(image.height * most / image.width)), Image.Resampling.LANCZOS)

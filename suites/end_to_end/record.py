@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 class Record:
     """A run's record in its output folder.
 
-    A run is named by its settings (model, policy, steps, size, …): the same settings continue the record there,
+    A run is named by its settings (model, policy, steps, size, …): the same settings continue the record,
     other settings refuse to overwrite it.
 
     Raises:

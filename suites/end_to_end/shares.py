@@ -61,7 +61,7 @@ class _AttentionClock(TorchFunctionMode):
 def _mlp_modules(transformer: nn.Module) -> list[tuple[nn.Module, float]]:
     """Every module of the blocks that is MLP, with the fraction of it that is.
 
-    Double-stream blocks have `ff` and `ff_context`. Single-stream blocks have no MLP module: `proj_mlp`, `act_mlp`
+    Double-stream blocks have `ff` and `ff_context`. Single-stream blocks have none: `proj_mlp`, `act_mlp`
     and the columns of `proj_out` after the attention part make it up.
     """
     found: list[tuple[nn.Module, float]] = []
@@ -153,7 +153,7 @@ def ceiling(
     attention_density: float | None,
     mlp_density: float | None,
 ) -> dict[str, float]:
-    """The most that denoising can gain: `policy`, were time proportional to density and nothing else added; and
+    """The most that denoising can gain: `policy`, were time proportional to density and nothing added; and
     `limit`, were attention and MLP to take no time at all (Amdahl).
 
     Args:

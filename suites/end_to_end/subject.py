@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -74,9 +75,12 @@ def load_pipeline(model: str, kind: str, device: torch.device, dtype: torch.dtyp
             "hub id, or --random-weights"
         )
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(
-            str(folder) if folder.exists() else model, torch_dtype=dtype
-        )
+        with warnings.catch_warnings():
+            # 0.42 prefers `dtype`, which the oldest supported release silently ignores.
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            pipe = getattr(diffusers, kind).from_pretrained(
+                str(folder) if folder.exists() else model, torch_dtype=dtype
+            )
     except Exception as error:  # a dozen kinds: missing files, network, gated repositories, broken weights
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
@@ -108,7 +112,7 @@ def build_random(make: Callable[[], Any], device: torch.device, dtype: torch.dty
             model = make()
     finally:
         torch.set_default_dtype(default)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -1,0 +1,230 @@
+"""The study behind `tune_policy`: cached dense runs, frugal trials, a final check over all prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+from tabulate import tabulate
+
+from chipmunk_kernels.delta.policy import Policy
+from suites.end_to_end.compare import run_dense, run_sparse, warm_up
+from suites.end_to_end.errors import UsageError
+from suites.end_to_end.progress import note
+from suites.end_to_end.subject import Subject
+from suites.quality.fidelity import psnr
+from suites.quality.policy_space import choose, starting_points
+
+SLOWER = 1.05
+"""A prompt this much slower than the best policy's mean cannot win; less may be noise of a shared machine."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense run, cached on disk: its output as an array, and how long it took."""
+
+    array: NDArray
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A policy that holds the floor on every checked prompt."""
+
+    policy: Policy
+    speedup: float
+    psnr_db: list[float]
+
+
+@dataclass
+class Search:
+    """One model's search. Everything finished lies in `folder`: the same search continues there.
+
+    Attributes:
+        subject: the model.
+        profile: tuned kernels.
+        name: of the policies tried.
+        start: where the search begins.
+        folder: for the study's database and the dense runs; belongs to one model, size, step count and seed.
+        steps, seed: of each generation.
+        floor: least PSNR in dB against the dense run.
+        prompts: tried in each trial, in this order.
+    """
+
+    subject: Subject
+    profile: Any
+    name: str
+    start: Policy
+    folder: Path
+    steps: int
+    seed: int
+    floor: float
+    prompts: list[str]
+    _dense: dict[str, Dense] = field(default_factory=dict)
+    _study: optuna.Study | None = None
+
+    @property
+    def finished(self) -> int:
+        return len(self.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def study(self) -> optuna.Study:
+        """The study of this floor and these prompts, opened or begun."""
+        if self._study is None:
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            self._study = optuna.create_study(
+                study_name=f"floor {self.floor:g} dB, {len(self.prompts)} prompts",
+                storage=f"sqlite:///{self.folder / 'study.db'}",
+                sampler=optuna.samplers.TPESampler(
+                    seed=self.seed,
+                    n_startup_trials=8,
+                    multivariate=True,
+                    group=True,
+                    constraints_func=_shortfall,
+                ),
+                load_if_exists=True,
+            )
+        return self._study
+
+    def run(self, trials: int) -> None:
+        """Bring the study to `trials` finished ones. A KeyboardInterrupt loses at most the one under way."""
+        study = self.study()
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            # Left by a killed process; nobody will finish it.
+            study.tell(trial.number, state=TrialState.FAIL)
+        if not study.get_trials(deepcopy=False):
+            for point in starting_points(self.start, self.subject.layers):
+                study.enqueue_trial(point, skip_if_exists=True)
+        missing = trials - self.finished
+        if missing <= 0:
+            note(f"{self.finished} trials are finished already")
+            return
+        note("warming up")
+        warm_up(self.subject, self.start, self.profile, self.seed)
+        study.optimize(self._objective, n_trials=missing, catch=(UsageError,))
+
+    def check(self, prompts: list[str], finalists: int) -> Found | None:
+        """The fastest trial that holds the floor on every prompt; None if no finalist does."""
+        feasible = [t for t in _complete(self.study()) if t.user_attrs["shortfall_db"] <= 0]
+        for trial in sorted(feasible, key=_value)[:finalists]:
+            policy = Policy.from_mapping(trial.user_attrs["policy"])
+            total, psnrs = 0.0, []
+            for prompt in prompts:
+                milliseconds, decibels = self._sparse(policy, prompt, f"check of trial {trial.number} ")
+                total += milliseconds
+                psnrs.append(decibels)
+                if decibels < self.floor:
+                    break
+            note(f"trial {trial.number}, {len(psnrs)} prompts: PSNR {min(psnrs):.1f} to {max(psnrs):.1f} dB")
+            if len(psnrs) == len(prompts) and min(psnrs) >= self.floor:
+                speedup = sum(self._dense_run(prompt).total_ms for prompt in prompts) / total
+                return Found(policy, speedup, psnrs)
+        return None
+
+    def _objective(self, trial: optuna.Trial) -> float:
+        """Mean time of a generation in ms; how far PSNR falls short of the floor is the constraint."""
+        policy = choose(trial, self.name, self.subject.layers)
+        trial.set_user_attr("policy", policy.as_dict())
+        best = min(
+            (_value(t) for t in _complete(self.study()) if t.user_attrs["shortfall_db"] <= 0),
+            default=math.inf,
+        )
+        times, psnrs = [], []
+        for prompt in self.prompts:
+            milliseconds, decibels = self._sparse(policy, prompt, f"trial {trial.number} ")
+            times.append(milliseconds)
+            psnrs.append(decibels)
+            if decibels < self.floor or milliseconds > best * SLOWER:
+                break
+        mean = sum(times) / len(times)
+        dense = self._dense_run(self.prompts[0]).total_ms
+        trial.set_user_attr("psnr_db", [min(p, 200.0) for p in psnrs])
+        trial.set_user_attr("speedup", dense / times[0])
+        # Optuna's constraint: satisfied when not positive. NaN pictures count as infinitely far off.
+        shortfall = self.floor - min(psnrs)
+        trial.set_user_attr(
+            "shortfall_db", shortfall if math.isfinite(shortfall) else math.copysign(200.0, shortfall)
+        )
+        note(f"trial {trial.number}: {dense / times[0]:.2f}×, PSNR {min(psnrs):.1f} dB, {_brief(policy)}")
+        return mean
+
+    def _sparse(self, policy: Policy, prompt: str, label: str) -> tuple[float, float]:
+        """(ms, PSNR in dB) of one generation; PSNR is -inf for a picture with NaN."""
+        dense = self._dense_run(prompt)
+        inputs = self.subject.inputs(prompt, self.seed)
+        run = run_sparse(
+            self.subject, inputs, policy, self.profile, steps=self.steps, seed=self.seed, label=label
+        )
+        array = self.subject.array(run.generation.output)
+        if not np.isfinite(array).all():
+            return run.generation.total_ms, -math.inf
+        return run.generation.total_ms, psnr(dense.array, array, self.subject.value_range)
+
+    def _dense_run(self, prompt: str) -> Dense:
+        """The prompt's dense run: from memory, from disk, or made now."""
+        if prompt not in self._dense:
+            import hashlib
+
+            path = self.folder / f"dense-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}.npz"
+            if path.is_file():
+                with np.load(path) as stored:
+                    self._dense[prompt] = Dense(stored["array"], float(stored["total_ms"]))
+            else:
+                inputs = self.subject.inputs(prompt, self.seed)
+                run = run_dense(self.subject, inputs, steps=self.steps, seed=self.seed, label="dense")
+                dense = Dense(self.subject.array(run.output), run.total_ms)
+                partial = path.with_suffix(".part.npz")
+                np.savez_compressed(partial, array=dense.array, total_ms=dense.total_ms)
+                partial.replace(path)
+                self._dense[prompt] = dense
+                note(f"dense, {prompt}: {dense.total_ms / 1e3:.2f} s")
+        return self._dense[prompt]
+
+
+def _shortfall(trial: FrozenTrial) -> tuple[float]:
+    # A failed trial has no shortfall; the sampler does not learn from it.
+    return (trial.user_attrs.get("shortfall_db", math.inf),)
+
+
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # complete trials have one
+    return trial.value
+
+
+def _brief(policy: Policy) -> str:
+    attention, mlp = policy.attention, policy.mlp
+    assert attention is not None
+    first = f"attention {attention.keep:g} {attention.merge} g{attention.group_size}"
+    first += f", dense layers {attention.dense_layers}"
+    second = f"MLP {mlp.keep:g} g{mlp.group_size}" if mlp is not None else "MLP dense"
+    patch = ", ".join("x".join(map(str, level)) for level in policy.patch) or "none"
+    return (
+        f"{first}; {second}; first {attention.schedule.first} every {attention.schedule.every}; patch {patch}"
+    )
+
+
+def report(study: optuna.Study, rows: int = 10) -> str:
+    """The fastest trials that hold the floor, then the nearest misses, as a table."""
+    trials = sorted(_complete(study), key=lambda t: (max(0.0, t.user_attrs["shortfall_db"]), _value(t)))
+    body = [
+        [
+            trial.number,
+            f"{_value(trial) / 1e3:.2f}",
+            f"{trial.user_attrs['speedup']:.2f}",
+            f"{min(trial.user_attrs['psnr_db']):.1f}",
+            "yes" if trial.user_attrs["shortfall_db"] <= 0 else "no",
+            _brief(Policy.from_mapping(trial.user_attrs["policy"])),
+        ]
+        for trial in trials[:rows]
+    ]
+    headers = ["trial", "s", "speedup", "PSNR dB", "holds", "policy"]
+    return tabulate(body, headers, tablefmt="simple", disable_numparse=True)
