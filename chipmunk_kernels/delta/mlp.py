@@ -1,0 +1,186 @@
+"""The MLP delta of one layer and one guidance branch. Source: arXiv 2506.03275, section 4.
+
+    full step     mid = X W₁ᵀ + b₁;  A = gelu_tanh(mid);  O = A W₂ᵀ + b₂;  cache A (neuron-major), O, P =
+    group means of mid sparse step   change = |fc1(group means of X) − P|, a GEMM 1/group_size the size; its
+    largest columns are recomputed:
+                  A[cols] := new activations, O += (new − old) W₂[cols], P[cols] := new means
+
+fc1 is affine, so the mean of its outputs is its output at the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.delta.attention import mix_seed
+from chipmunk_kernels.delta.launch import Launch
+from chipmunk_kernels.delta.policy import MlpPolicy
+from chipmunk_kernels.delta.report import Selection, Usage
+from chipmunk_kernels.ops.mlp import group_mean, sparse_mlp
+from chipmunk_kernels.ops.select import topk_columns
+
+
+@dataclass
+class MlpWeights:
+    """An MLP `gelu_tanh(x w1ᵀ + b1) w2ᵀ + b2`, as `nn.Linear` stores its weights.
+
+    Attributes:
+        up: `(F, K)`, up_bias `(F,)` or None.
+        down: `(Kout, F)`, a view of a wider matrix where the layer shares it; down_bias `(Kout,)` or None.
+        by_neuron: gives `(F, Kout)`, `down` transposed with rows contiguous, for the gather of kept
+            neurons. Asked for on sparse steps only.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    by_neuron: Callable[[], Tensor]
+
+
+@dataclass
+class MlpDelta:
+    """State of one layer and one guidance branch; call it once per step.
+
+    A sparse step whose caches are older than the schedule's last full step runs full.
+
+    Attributes:
+        policy: what to keep and when.
+        seed: seeds the random extras, together with the step.
+        launch: an explicit profile's choice of kernels.
+        usage: where calls and selections are counted.
+    """
+
+    policy: MlpPolicy
+    seed: int = 0
+    launch: Launch = field(default_factory=Launch)
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop every cache."""
+        self.columns: ColumnSet | None = None
+        self._activations: Tensor | None = None
+        self._out: Tensor | None = None
+        self._means: Tensor | None = None
+        self._refreshed: int | None = None
+        self._since = 0
+        self._selection: Selection | None = None
+        self._extent: tuple[object, ...] = ()
+
+    @property
+    def cache_bytes(self) -> int:
+        held = (self._activations, self._out, self._means, self.columns)
+        return sum(part.nbytes for part in held if part is not None)
+
+    def __call__(self, x: Tensor, weights: MlpWeights, step: int, *, share: bool = False) -> Tensor:
+        """MLP output `(B, M, Kout)`, output bias included.
+
+        Args:
+            x: `(B, M, K)`.
+            weights: the same layer's on every call.
+            step: number of the denoising step, from the step clock.
+            share: the caller only reads the result, before the next call: it may be the cache itself.
+                Otherwise it is a copy.
+        """
+        extent = (x.shape, x.dtype, x.device)
+        if extent != self._extent:
+            self.reset()
+            self._extent = extent
+        fresh = self._refreshed is not None and self._refreshed >= self.policy.schedule.last_full(step)
+        if fresh and not self.policy.schedule.is_full(step):
+            self.usage.sparse += 1
+            out = self._sparse(x, weights, step)
+        else:
+            self.usage.full += 1
+            out = self._full(x, weights, step)
+        return out if share or out is not self._out else out.clone()
+
+    def _full(self, x: Tensor, weights: MlpWeights, step: int) -> Tensor:
+        # Freed before their successors are made, so that the peak holds one set of caches.
+        self.columns = self._activations = self._out = self._means = None
+        self._refreshed = None
+        mid = F.linear(x, weights.up, weights.up_bias)
+        activations = F.gelu(mid, approximate="tanh")
+        out = F.linear(activations, weights.down, weights.down_bias)
+        if not self.policy.schedule.is_full(step + 1):
+            self._means = self._group_mean(mid)
+            self._activations = activations.transpose(1, 2).contiguous()
+            self._out = out
+            self._refreshed, self._since = step, 0
+        return out
+
+    def _sparse(self, x: Tensor, weights: MlpWeights, step: int) -> Tensor:
+        assert self._activations is not None and self._out is not None and self._means is not None
+        means = F.linear(self._group_mean(x), weights.up, weights.up_bias)
+        if self._since % self.policy.reselect_every == 0:
+            self._choose(means, step)
+        assert self.columns is not None and self._selection is not None
+        self._since += 1
+        self._selection.uses += 1
+        self._update_means(means)
+        return sparse_mlp(
+            x,
+            weights.up,
+            weights.up_bias,
+            weights.by_neuron(),
+            self.columns,
+            self._activations,
+            self._out,
+            activation="gelu_tanh",
+            **self._launch("sparse_mlp", x, weights),
+        )
+
+    def _choose(self, means: Tensor, step: int) -> None:
+        assert self._means is not None
+        neurons = means.shape[-1]
+        change = (means.float() - self._means.float()).abs_().unsqueeze(1)
+        self.columns = topk_columns(
+            change,
+            round(self.policy.keep * neurons),
+            group_size=self.policy.group_size,
+            random=round(self.policy.random * neurons),
+            seed=mix_seed(self.seed, step),
+        )
+        self._selection = self.usage.select(self.columns, neurons)
+
+    def _update_means(self, means: Tensor) -> None:
+        """P[cols] := the means that the kept activations are now computed from."""
+        assert self._means is not None and self.columns is not None
+        wanted = round(self.policy.keep * means.shape[-1]) + round(self.policy.random * means.shape[-1])
+        if self.columns.capacity <= wanted:  # every slot is kept, so padding cannot hit a column that is not
+            chosen = self.columns.indices[:, 0].long()
+            self._means.scatter_(-1, chosen, means.gather(-1, chosen))
+        else:
+            kept = self.columns.to_mask(means.shape[-1])[:, 0]
+            self._means = torch.where(kept, means, self._means)
+
+    def _group_mean(self, x: Tensor) -> Tensor:
+        batch, rows, width = x.shape
+        extent = (batch, 1, rows, width, width)
+        launch = self.launch("group_mean", x.device, x.dtype, extent, self.policy.group_size)
+        return group_mean(x, self.policy.group_size, **launch)
+
+    def _launch(self, operation: str, x: Tensor, weights: MlpWeights) -> dict[str, Any]:
+        if self.launch.profile is None:
+            return {}
+        assert self.columns is not None
+        batch, rows, width = x.shape
+        neurons = weights.up.shape[0]
+        density = self.columns.capacity / neurons
+        extent = (batch, 1, rows, neurons, width)
+        return self.launch(operation, x.device, x.dtype, extent, self.policy.group_size, density)
+
+
+def expected_density(policy: MlpPolicy, neurons: int) -> float:
+    """Density that the policy asks for, at most 1."""
+    return min(1.0, (round(policy.keep * neurons) + round(policy.random * neurons)) / neurons)
