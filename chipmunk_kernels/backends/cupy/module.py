@@ -1,0 +1,165 @@
+"""Compile a .cu file for a device with NVRTC, and launch its kernels on torch's current stream.
+
+A `Source` names a .cu file beside this one and its compile-time parameters, which reach the code as macros,
+so that every tile size is a constant there. `load` compiles it for the device's own architecture and keeps the
+kernel for the process; `launch` runs it. RawModule by itself compiles for plain architectures only, and the
+fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with an "a" alone: so NVRTC is
+called here, the binary kept in CuPy's cache folder, and RawModule loads it from there.
+
+The sources include no header: a CuPy that came from pip finds NVRTC, but often no CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+SHARED_BYTES_WITHOUT_ASKING = 48 * 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """A .cu file with its compile-time parameters: what one binary is made of.
+
+    Attributes:
+        file: name of a file in this folder.
+        defines: macro names and values.
+    """
+
+    file: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+    def code(self) -> str:
+        return (FOLDER / self.file).read_text(encoding="utf-8")
+
+    def options(self, architecture: str) -> tuple[str, ...]:
+        """NVRTC options for an architecture such as "sm_90a", or "compute_90" for portable PTX."""
+        return (
+            "--std=c++17",
+            f"--gpu-architecture={architecture}",
+            *(f"-D{name}={value}" for name, value in self.defines),
+        )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What CuPy reads of a stream: its handle."""
+
+    ptr: int
+
+
+def architecture(capability: tuple[int, int], supported: tuple[int, ...]) -> str:
+    """What to compile for: the device's own architecture with all it has, else PTX of the newest older one.
+
+    Args:
+        capability: of the device, e.g. `(9, 0)`.
+        supported: what this NVRTC knows, e.g. `(80, 90, 100)`.
+
+    Raises:
+        RuntimeError: NVRTC knows nothing that old.
+    """
+    own = capability[0] * 10 + capability[1]
+    if own in supported:
+        return f"sm_{own}a" if own >= 90 else f"sm_{own}"
+    older = [known for known in supported if known < own]
+    if not older:
+        raise RuntimeError(
+            f"NVRTC compiles for capabilities {', '.join(map(str, supported))}, the device has {own}; "
+            "install a CuPy for an older CUDA, or use backend='triton'"
+        )
+    return f"compute_{max(older)}"
+
+
+def launch(
+    kernel: Any, device: torch.device, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0
+) -> None:
+    """Run a kernel from `load` on the current stream of `device`, without waiting for it.
+
+    Arguments come in the kernel's order: tensors pass as pointers, integers as `long long`, floats as
+    `double`, None as a null pointer; anything else as CuPy takes it.
+    """
+    values = tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
+    stream = Stream(torch.cuda.current_stream(device).cuda_stream)
+    with _current(device):
+        kernel((blocks,), (threads,), values, shared_mem=shared_bytes, stream=stream)
+
+
+@functools.cache
+def load(source: Source, name: str, device: torch.device, shared_bytes: int = 0) -> Any:
+    """The kernel `name` (declared extern "C") of a source, compiled for `device`; a CuPy RawKernel.
+
+    Args:
+        source: what to compile. Only the first call for each compiles, and only if no earlier process did.
+        name: of the kernel.
+        device: CUDA device, with its index.
+        shared_bytes: the most dynamic shared memory that launches will ask for.
+
+    Raises:
+        RuntimeError: the source does not compile; the message is the compiler's.
+    """
+    import cupy
+
+    with torch.cuda.device(device):
+        supported = tuple(cupy.cuda.nvrtc.getSupportedArchs())
+        binary = _binary(source, architecture(torch.cuda.get_device_capability(device), supported))
+        kernel = cupy.RawModule(path=str(binary)).get_function(name)
+        if shared_bytes > SHARED_BYTES_WITHOUT_ASKING:
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+def _binary(source: Source, target: str) -> Path:
+    """The compiled file: from the cache, or compiled into it. Other processes may do the same meanwhile."""
+    import cupy
+
+    code, options = source.code(), source.options(target)
+    identity = repr((code, options, cupy.cuda.nvrtc.getVersion()))
+    path = _cache_folder() / f"chipmunk-{hashlib.sha256(identity.encode()).hexdigest()}.bin"
+    if not path.is_file():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(_compile(code, source.file, options))
+        os.replace(file.name, path)
+    return path
+
+
+def _compile(code: str, file: str, options: tuple[str, ...]) -> bytes:
+    import cupy
+
+    nvrtc = cupy.cuda.nvrtc
+    program = nvrtc.createProgram(code, file, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        portable = any(option.startswith("--gpu-architecture=compute_") for option in options)
+        return nvrtc.getPTX(program) if portable else nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"{file} does not compile with {' '.join(options)}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    """CuPy's kernel cache, or a folder of this process's own where that one cannot be written."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="chipmunk-kernels-"))
+    return folder
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` current: CUDA launches there. Switching costs microseconds, so only where needed."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
