@@ -1,0 +1,1 @@
+"""Benchmarks of every operation beside its dense baseline: `pytest suites/benchmarks [--workload NAME]`."""

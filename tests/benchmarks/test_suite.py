@@ -1,0 +1,210 @@
+"""The benchmark suite run as a person runs it, on a workload of milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from chipmunk_kernels.profiles import device_identity, slug
+from suites.benchmarks import conftest
+from suites.benchmarks.bench import SampleClock
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEMS = [
+    {"label": "half kept", "operation": "sparse_attention", "rows": 192, "columns": 192, "width": 64},
+    {"label": "half kept", "operation": "sparse_mlp", "rows": 128, "columns": 256, "width": 64},
+    {"label": "half kept", "operation": "gather_columns", "rows": 128, "columns": 128, "width": 64},
+    {"label": "half kept", "operation": "topk_columns", "rows": 128, "columns": 128, "width": 64},
+]
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workload") / "tiny.yaml"
+    common = {"dtype": "float32", "density": 0.5, "group_size": 64}
+    problems = [{**common, **item} for item in PROBLEMS]
+    path.write_text(yaml.safe_dump({"name": "tiny", "problems": problems}))
+    return path
+
+
+def run(workload: Path | str, storage: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`pytest suites/benchmarks` from the repository root, with the numbers kept out of it."""
+    command = [sys.executable, "-m", "pytest", "suites/benchmarks", "--gpu", "cpu"]
+    command += ["--workload", str(workload), "--benchmark-storage", f"file://{storage}"]
+    command += ["--benchmark-max-time", "0.02", "--benchmark-min-rounds", "3", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def runs(storage: Path) -> list[Path]:
+    return sorted(storage.rglob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def first_run(workload: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where a first run was saved, and what it printed."""
+    storage = tmp_path_factory.mktemp("storage")
+    done = run(workload, storage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage, done.stdout
+
+
+def test_every_operation_is_saved_with_its_speedup(first_run: tuple[Path, str]) -> None:
+    (path,) = runs(first_run[0])
+    assert path.name == "0001_tiny.json"
+    saved = json.loads(path.read_text())["benchmarks"]
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for row in saved:
+        by_group.setdefault(row["group"], []).append(row)
+    assert {group.split(":")[0] for group in by_group} == {item["operation"] for item in PROBLEMS}
+    for rows in by_group.values():
+        baseline, operation = rows
+        assert baseline["name"].startswith("test_baseline[")
+        info = operation["extra_info"]
+        assert info["baseline"] == baseline["extra_info"]["baseline"]
+        # The speedup is that of the two medians saved beside each other, nothing remembered or made up.
+        ratio = baseline["stats"]["median"] / operation["stats"]["median"]
+        assert info["speedup"] == pytest.approx(ratio)
+        assert info["share_of_ideal"] == pytest.approx(info["ideal_ms"] / info["median_ms"])
+        assert info["ideal_ms"] > 0
+        assert info["backend"] == "torch" and "cold cache" in info["timing"]
+
+
+def test_the_machine_is_told_but_not_its_name(first_run: tuple[Path, str]) -> None:
+    (path,) = runs(first_run[0])
+    machine = json.loads(path.read_text())["machine_info"]
+    identity = device_identity("cpu")
+    assert {key: machine["device"][key] for key in identity} == identity
+    assert {"torch", "triton", "cuda", "python"} <= set(machine["toolchain"])
+    assert "node" not in machine
+
+
+def test_the_summary_shows_speedups(first_run: tuple[Path, str]) -> None:
+    summary = first_run[1].split("speedup over the dense baseline")[1]
+    for item in PROBLEMS:
+        assert f"{item['operation']}: {item['label']}" in summary
+
+
+def planted(first: Path, folder: Path, factor: float) -> Path:
+    """A storage: first this workload's run, `factor` times as fast, then one of another workload."""
+    (path,) = runs(first)
+    document = json.loads(path.read_text())
+    for row in document["benchmarks"]:
+        for key in ("min", "max", "mean", "median", "q1", "q3", "iqr", "stddev", "ld15iqr", "hd15iqr"):
+            row["stats"][key] /= factor
+    target = folder / path.parent.name
+    target.mkdir(parents=True)
+    (target / path.name).write_text(json.dumps(document))
+    document["benchmarks"] = []
+    (target / "0002_other.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_regression_fails_the_comparison(
+    first_run: tuple[Path, str], workload: Path, tmp_path: Path
+) -> None:
+    storage = planted(first_run[0], tmp_path / "faster", 1e3)
+    done = run(workload, storage, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
+    assert done.returncode != 0
+    assert "Performance has regressed" in done.stderr + done.stdout
+    assert "test_attention[half kept]" in done.stderr + done.stdout
+    assert len(runs(storage)) == 3  # the slow run is kept as well
+
+
+@pytest.mark.slow
+def test_no_regression_passes_the_comparison(
+    first_run: tuple[Path, str], workload: Path, tmp_path: Path
+) -> None:
+    storage = planted(first_run[0], tmp_path / "slower", 1e-3)
+    done = run(workload, storage, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001_tiny)" in done.stdout
+
+
+def configured(workload: Path, *typed: str, **options: Any) -> SimpleNamespace:
+    """The options as the suite leaves them for pytest-benchmark."""
+    values = {
+        "benchmark_disable": True,  # as pyproject.toml has it
+        "benchmark_enable": False,
+        "benchmark_storage": conftest.PLUGIN_STORAGE,
+        "benchmark_save": None,
+        "benchmark_autosave": None,
+        "benchmark_compare": [],
+        "benchmark_columns": None,
+        **options,
+    }
+    config = SimpleNamespace(
+        option=SimpleNamespace(**values),
+        invocation_params=SimpleNamespace(args=typed),
+        rootpath=ROOT,
+        getoption={"--workload": str(workload), "--gpu": "cpu"}.get,
+    )
+    conftest.pytest_configure(config)  # type: ignore[arg-type]
+    return config.option
+
+
+def test_results_go_to_the_devices_folder(workload: Path) -> None:
+    folder = ROOT / "results" / "benchmarks" / slug(device_identity("cpu")["name"])
+    options = configured(workload)
+    assert options.benchmark_storage == f"file://{folder}"
+    assert options.benchmark_enable and options.benchmark_autosave == "tiny"
+    assert not configured(workload, "--benchmark-disable").benchmark_enable
+
+
+def test_a_comparison_takes_the_last_run_of_the_same_workload(
+    first_run: tuple[Path, str], workload: Path, tmp_path: Path
+) -> None:
+    storage = planted(first_run[0], tmp_path, 1.0)
+    chosen = configured(workload, benchmark_storage=f"file://{storage}", benchmark_compare=True)
+    assert Path(chosen.benchmark_compare).name == "0001_tiny.json"
+    # Where there is none, pytest-benchmark must find none either, and say so.
+    nothing = configured(workload, benchmark_storage=f"file://{tmp_path}/empty", benchmark_compare=True)
+    assert not list(Path(storage).rglob(nothing.benchmark_compare + "*.json"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"--workload": "lapdog", "--gpu": "cpu"}, "unknown workload 'lapdog'"),
+        ({"--workload": "tiny", "--gpu": "no-such-gpu"}, "unknown GPU 'no-such-gpu'"),
+    ],
+)
+def test_an_unknown_workload_or_gpu_is_refused(chosen: dict[str, str], message: str) -> None:
+    config = SimpleNamespace(option=SimpleNamespace(), getoption=chosen.get)
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest._device(config)  # type: ignore[arg-type]
+        conftest._workload(config)  # type: ignore[arg-type]
+
+
+def test_what_a_person_chose_stays(workload: Path, tmp_path: Path) -> None:
+    chosen = {
+        "benchmark_storage": f"file://{tmp_path}",
+        "benchmark_save": "mine",
+        "benchmark_compare": "0003",
+    }
+    options = configured(workload, **chosen)
+    assert {name: getattr(options, name) for name in chosen} == chosen
+    assert options.benchmark_autosave is None
+
+
+def test_the_clock_moves_by_what_the_timer_says() -> None:
+    class Timer:
+        name = "two milliseconds, whatever runs"
+
+        def sample(self, work: Any) -> float:
+            work()
+            return 2.0
+
+    clock, called = SampleClock(), []
+    clock.sample(Timer(), lambda: called.append(1))  # type: ignore[arg-type]
+    clock.sample(Timer(), lambda: called.append(1))  # type: ignore[arg-type]
+    assert clock.seconds() == pytest.approx(4e-3) and len(called) == 2
