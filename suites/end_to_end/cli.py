@@ -130,7 +130,8 @@ def _run(options: argparse.Namespace) -> int:
             subject,
             prompts,
             policy,
-            profile,
+            # Without --profile dispatch walks the same ladder itself, once per process.
+            profile if options.profile else None,
             record,
             steps=options.steps,
             seed=options.seed,
@@ -166,6 +167,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         count = 1 if options.random_weights else options.default_prompts
     if not 1 <= count <= len(PROMPTS):
         raise UsageError(f"--prompts {count}: expected 1 to {len(PROMPTS)}, the number of fixed prompts")
+    if options.random_weights:
+        return [f"random embeddings {number}" for number in range(1, count + 1)]
     return list(PROMPTS[:count])
 
 
@@ -258,7 +261,7 @@ def _show(record: Any, prompts: list[str], policy: Policy, as_json: bool) -> Non
     elif rows:
         print("\n\n".join((step_table(rows), fact_table(record.data, rows, policy), prompt_table(rows))))
     if rows:
-        print(f"pictures and record: {record.path.parent}", file=sys.stderr)
+        print(f"written to {record.path.parent}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def compare(
         subject: what to run.
         prompt: the text, or a label where embeddings are random.
         policy: the sparse plan.
-        profile: tuned kernels, or None to look one up.
+        profile: tuned kernels; None lets dispatch find them.
         steps: denoising steps.
         seed: of the noise (and of random embeddings), the same for both.
         parts: a dense step taken apart earlier; None to do so in this dense run's step 0.
@@ -198,6 +198,8 @@ def _row(
         "problem": None,
     }
     for key in (
+        "notes",
+        "layers",
         "attention_density",
         "mlp_density",
         "cache_bytes",

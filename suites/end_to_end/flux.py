@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from suites.end_to_end.errors import UsageError, unknown
-from suites.end_to_end.subject import Subject, build_random, load_pipeline, parse_size
+from suites.end_to_end.subject import Subject, build_random, load_pipeline, parse_size, prompt_seed
 
 SHIPPED = Path(__file__).parent.parent / "models" / "flux-shapes"
 
@@ -70,7 +70,9 @@ def flux_subject(
     else:
 
         def inputs(prompt: str, seed: int) -> dict[str, Any]:
-            embeddings = _random_embeddings(pipe.transformer.config, TEXT_TOKENS[random_weights], seed)
+            embeddings = _random_embeddings(
+                pipe.transformer.config, TEXT_TOKENS[random_weights], prompt_seed(prompt, seed)
+            )
             return {
                 **{key: value.to(device, dtype) for key, value in embeddings.items()},
                 "output_type": "latent",

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from suites.end_to_end.errors import UsageError, unknown
-from suites.end_to_end.subject import Subject, build_random, load_pipeline, parse_size
+from suites.end_to_end.subject import Subject, build_random, load_pipeline, parse_size, prompt_seed
 
 # What HunyuanVideoTransformer3DModel takes. The class's defaults are the real model (12.8 B parameters).
 RANDOM: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def hunyuan_subject(
     def inputs(prompt: str, seed: int, count: int = frames) -> dict[str, Any]:
         if random_weights is None:
             return {"prompt": prompt, "output_type": "np", "num_frames": count, **dimensions}
-        embeddings = _random_embeddings(config, device, dtype, seed)
+        embeddings = _random_embeddings(config, device, dtype, prompt_seed(prompt, seed))
         return {**embeddings, "output_type": "latent", "num_frames": count, **dimensions}
 
     def warm_inputs(prompt: str, seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,11 @@ def to_picture(array: NDArray) -> NDArray:
 
 
 def amplification(difference: NDArray) -> int:
-    """The greatest power of two, up to 64, that leaves a difference's 99th percentile at one half or less.
+    """The greatest power of two, up to 64, that leaves a difference's 99.9th percentile at half or less.
 
     A fixed factor would saturate bad runs and hide good ones.
     """
-    high = float(np.quantile(difference, 0.99))
+    high = float(np.quantile(difference, 0.999))
     factor = 1
     while factor < 64 and high * factor * 2 <= 0.5:
         factor *= 2
@@ -69,6 +70,12 @@ def triptych(
         Panel(to_picture(second), "column-sparse", figures[1]),
         Panel(to_picture(difference * factor), label, figures[2]),
     ]
+
+
+def drawable(text: str) -> str:
+    """`text` in the letters that Pillow's built-in face has (ASCII): × becomes x, é becomes e, others ?."""
+    plain = unicodedata.normalize("NFKD", text.replace("×", "x").replace("–", "-").replace("…", "..."))
+    return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def _scaled(picture: NDArray, least: int, most: int | None) -> Image.Image:
@@ -103,8 +110,8 @@ def render(
     sheet_width = across * width + (across + 1) * GAP
     # Letters of Pillow's built-in face are about half as wide as high.
     letters = max(20, int((sheet_width - 2 * GAP) / (size * 0.5)))
-    wrapped = textwrap.wrap(footer, letters)
-    headings = [textwrap.wrap(heading, letters) or [""] for heading, _ in rows]
+    wrapped = textwrap.wrap(drawable(footer), letters)
+    headings = [textwrap.wrap(drawable(heading), letters) or [""] for heading, _ in rows]
     row_heights = [len(heading) * line + height + 2 * line + 2 * GAP for heading in headings]
     sheet = Image.new("RGB", (sheet_width, sum(row_heights) + len(wrapped) * line + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -116,8 +123,8 @@ def render(
         for column, (panel, image) in enumerate(zip(panels, pictures, strict=True)):
             x = GAP + column * (width + GAP)
             sheet.paste(image, (x, y))
-            draw.text((x, y + height + 2), panel.title, fill=INK, font=font)
-            draw.text((x, y + height + 2 + line), panel.figures, fill=FAINT, font=small)
+            draw.text((x, y + height + 2), drawable(panel.title), fill=INK, font=font)
+            draw.text((x, y + height + 2 + line), drawable(panel.figures), fill=FAINT, font=small)
         top += row_height
     for text in wrapped:
         draw.text((GAP, top), text, fill=FAINT, font=small)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -113,6 +114,11 @@ def build_random(make: Callable[[], Any], device: torch.device, dtype: torch.dty
     finally:
         torch.set_default_dtype(default)
     return model.eval().requires_grad_(False)
+
+
+def prompt_seed(prompt: str, seed: int) -> int:
+    """Seeds the embeddings that stand for a prompt where there is no text encoder."""
+    return seed + zlib.crc32(prompt.encode())
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -150,5 +150,6 @@ def fact_table(record: dict[str, Any], rows: Sequence[dict[str, Any]], policy: P
         dense_peak = max(row["dense"]["peak_bytes"] or 0 for row in rows)
         facts.append(("peak memory", f"dense {dense_peak / 2**30:.1f} GiB, sparse {peak / 2**30:.1f} GiB"))
     reasons = {reason: count for row in rows for reason, count in row["dense_calls"].items()}
+    facts += [("note", text) for text in dict.fromkeys(text for row in rows for text in row["notes"])]
     facts += [("stayed dense", f"{count} calls: {reason}") for reason, count in reasons.items()]
     return tabulate(facts, tablefmt="plain", disable_numparse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from suites.end_to_end.picture import GAP, Panel, amplification, render, to_picture, triptych
+from suites.end_to_end.picture import GAP, Panel, amplification, drawable, render, to_picture, triptych
 
 
 def test_the_middle_frame_of_a_video_is_shown() -> None:
@@ -60,6 +60,17 @@ def test_a_sheet_holds_every_panel_and_draws_its_captions() -> None:
     heading, caption = sheet[: rows[0]], sheet[rows[0] + 64 : rows[1]]
     for text in (heading, caption, sheet[-20:]):
         assert (text < 128).any(), "text is drawn dark on white"
+
+
+def test_captions_hold_only_letters_that_the_face_has() -> None:
+    from PIL import ImageFont
+
+    text = drawable("difference ×64, café, 漢字 – 512×512…")
+    assert text == "difference x64, cafe, ?? - 512x512..."
+    font = ImageFont.load_default(24)
+    missing = bytes(font.getmask("\ufffe"))
+    assert not [c for c in {*text} - {" "} if bytes(font.getmask(c)) == missing]
+    assert bytes(font.getmask("×")) == missing, "the reason for the replacement"
 
 
 def test_wide_panels_are_reduced() -> None:
