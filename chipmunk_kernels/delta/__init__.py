@@ -1,0 +1,1 @@
+"""The method: policies, step clock, attention and MLP deltas, token order, report."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -103,11 +103,9 @@ class AttentionDelta:
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.columns is not None and self._rest is not None and self._selection is not None
         self._selection.uses += 1
-        launch = self._launch("sparse_attention", q, k, self.columns)
         if self._rest_lse is None:
-            return sparse_attention(q, k, v, self.columns, base=self._rest, sign=1, **launch)
-        out, lse = sparse_attention(q, k, v, self.columns, return_lse=True, **launch)
-        return merge(self._rest, self._rest_lse, out, lse)
+            return self._selected(q, k, v, base=self._rest)[0]
+        return merge(self._rest, self._rest_lse, *self._selected(q, k, v))
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, step: int, keep: Ranges) -> Tensor:
         # Freed before their successors are made, so that the peak holds one set of caches.
@@ -123,9 +121,7 @@ class AttentionDelta:
         return out
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, step: int, keep: Ranges) -> tuple[Tensor, ColumnSet]:
-        """Dense output, and the columns to keep; as many heads at a time as the column masses have room
-        for.
-        """
+        """Dense output, and the columns to keep, for as many heads at a time as `MASS_BYTES` has room for."""
         heads, size = q.shape[1], self.policy.group_size
         per_head = 4 * q.shape[0] * group_count(q.shape[2], size) * k.shape[2]
         at_once = max(1, min(heads, MASS_BYTES // per_head))
@@ -165,20 +161,35 @@ class AttentionDelta:
             window=policy.window,
             random=round(policy.random * width),
             seed=mix_seed(self.seed, step, first_head),
+            **self._launch_topk(mass, keep),
         )
         return out, lse, columns
 
     def _cache_rest(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         assert self.columns is not None and self._lse is not None
-        launch = self._launch("sparse_attention", q, k, self.columns)
         if self.policy.merge == "delta":
-            self._rest = sparse_attention(q, k, v, self.columns, base=out, sign=-1, **launch)
+            self._rest = self._selected(q, k, v, base=out, sign=-1)[0]
             return
-        chosen, chosen_lse = sparse_attention(q, k, v, self.columns, return_lse=True, **launch)
         everything = (self.columns.counts >= k.shape[2]).repeat_interleave(self.policy.group_size, dim=2)
         self._rest, self._rest_lse = remainder(
-            out, self._lse, chosen, chosen_lse, everything[:, :, : q.shape[2]]
+            out, self._lse, *self._selected(q, k, v), everything[:, :, : q.shape[2]]
         )
+
+    def _selected(
+        self, q: Tensor, k: Tensor, v: Tensor, base: Tensor | None = None, sign: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """base + sign · softmax over the selected columns, and its log normaliser."""
+        assert self.columns is not None
+        launch = self._launch("sparse_attention", q, k, self.columns)
+        out = sparse_attention(q, k, v, self.columns, base=base, sign=sign, return_lse=True, **launch)
+        return cast(tuple[Tensor, Tensor], out)
+
+    def _launch_topk(self, mass: Tensor, keep: Ranges) -> dict[str, Any]:
+        batch, heads, groups, columns = mass.shape
+        size, always = self.policy.group_size, sum(stop - start for start, stop in keep)
+        extent = (batch, heads, groups * size, columns, 1)
+        density = expected_density(self.policy, columns, always)
+        return self.launch("topk_columns", mass.device, mass.dtype, extent, size, density)
 
     def _launch(
         self, operation: str, q: Tensor, k: Tensor, columns: ColumnSet | None = None

@@ -16,6 +16,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+UNNAMED_BRANCHES = 4
+"""Forwards at one timestep that may be guidance branches the caller does not name (own caches each)."""
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -54,16 +57,16 @@ class StepClock:
         Args:
             signature: what must stay the same within a generation of this branch.
             branch: the guidance branch; None if the caller does not name it. Then forwards that repeat a
-                timestep are taken for the branches of that step, in the order they come.
+                timestep are taken for the branches of that step in the order they come, at most
+                `UNNAMED_BRANCHES` of them: timing loops repeat a timestep too.
             timestep: the forward's timestep where it can be read cheaply.
             marker: compared by identity; another object means another generation.
         """
         if branch is None:
             branch = self._name(timestep)
         if self._is_new(branch, signature, timestep, marker):
-            occurrence = branch if isinstance(branch, tuple) else None
             self.reset()
-            branch = ("unnamed", 0) if occurrence else branch
+            branch = ("unnamed", 0) if isinstance(branch, tuple) else branch
         self._marker = marker
         fresh = not self._branches
         state = self._branches.setdefault(branch, _Branch(signature))
@@ -82,7 +85,7 @@ class StepClock:
     def _name(self, timestep: float | None) -> Hashable:
         last, occurrence = self._unnamed
         repeated = timestep is not None and timestep == last
-        return ("unnamed", occurrence + 1 if repeated else 0)
+        return ("unnamed", (occurrence + 1) % UNNAMED_BRANCHES if repeated else 0)
 
     def _is_new(self, branch: Hashable, signature: Hashable, timestep: float | None, marker: Any) -> bool:
         if self._branches and marker is not self._marker:

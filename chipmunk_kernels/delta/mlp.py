@@ -1,9 +1,9 @@
 """The MLP delta of one layer and one guidance branch. Source: arXiv 2506.03275, section 4.
 
-    full step     mid = X W₁ᵀ + b₁;  A = gelu_tanh(mid);  O = A W₂ᵀ + b₂;  cache A (neuron-major), O, P =
-    group means of mid sparse step   change = |fc1(group means of X) − P|, a GEMM 1/group_size the size; its
-    largest columns are recomputed:
-                  A[cols] := new activations, O += (new − old) W₂[cols], P[cols] := new means
+    full step     mid = X W₁ᵀ + b₁;  A = gelu_tanh(mid);  O = A W₂ᵀ + b₂
+                  cache A (neuron-major), O, and P = the group means of mid
+    sparse step   change = |fc1(group means of X) − P|, a GEMM 1/group_size the size
+                  for its largest columns: O += (new − old activations) W₂, A := new ones, P := new means
 
 fc1 is affine, so the mean of its outputs is its output at the mean.
 """
@@ -150,6 +150,7 @@ class MlpDelta:
             group_size=self.policy.group_size,
             random=round(self.policy.random * neurons),
             seed=mix_seed(self.seed, step),
+            **self._launch_topk(change),
         )
         self._selection = self.usage.select(self.columns, neurons)
 
@@ -163,6 +164,12 @@ class MlpDelta:
         else:
             kept = self.columns.to_mask(means.shape[-1])[:, 0]
             self._means = torch.where(kept, means, self._means)
+
+    def _launch_topk(self, change: Tensor) -> dict[str, Any]:
+        batch, _, groups, neurons = change.shape
+        size, density = self.policy.group_size, expected_density(self.policy, neurons)
+        extent = (batch, 1, groups * size, neurons, 1)
+        return self.launch("topk_columns", change.device, change.dtype, extent, size, density)
 
     def _group_mean(self, x: Tensor) -> Tensor:
         batch, rows, width = x.shape

@@ -133,9 +133,10 @@ class Policy:
         for key, kind in (("attention", AttentionPolicy), ("mlp", MlpPolicy)):
             part = values.get(key)
             if part is not None and not isinstance(part, kind):
-                part = dict(part)
-                if isinstance(part.get("schedule"), dict):
-                    part["schedule"] = _build(Schedule, part["schedule"], f"{key}.schedule")
+                part = dict(_mapping(part, key))
+                if not isinstance(part.get("schedule", Schedule()), Schedule):
+                    where = f"{key}.schedule"
+                    part["schedule"] = _build(Schedule, _mapping(part["schedule"], where), where)
                 values[key] = _build(kind, part, key)
         if "patch" in values:
             values["patch"] = tuple(tuple(level) for level in values["patch"])
@@ -159,6 +160,12 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     if unknown:
         raise ValueError(f"{where}: unknown fields {unknown}; expected among {sorted(known)}")
     return kind(**values)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a mapping, got {value!r}")
+    return value
 
 
 def _plain(value: Any) -> Any:

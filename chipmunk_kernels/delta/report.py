@@ -19,9 +19,7 @@ FEW_STEPS = 10
 
 @dataclass
 class Selection:
-    """One chosen column set: its counts (left on the device), the width it chose from, the calls that used
-    it.
-    """
+    """A chosen column set: its counts (left on the device), the width it chose from, the calls using it."""
 
     counts: Tensor
     columns: int

@@ -68,9 +68,7 @@ class Handle:
             raise
 
     def report(self) -> Report:
-        """What the last generation did, or the one in progress. Syncs with the device; call it after the
-        run.
-        """
+        """What the last generation did, or the one in progress. Syncs: call it after the run."""
         displaced = self._patches.displaced()
         for line in self._adapter.unhooked:
             self.engine.notes[f"{line}: left as it is"] = None

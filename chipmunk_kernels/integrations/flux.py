@@ -206,7 +206,7 @@ class FluxAdapter:
         """The model's inputs, in block order; `inputs` itself stays as it is."""
         policy = self.engine.policy
         text = inputs["encoder_hidden_states"].shape[1]
-        self.keep = ((0, text),) if policy.attention and policy.attention.keep_text else ()
+        self.keep = ((0, text),) if text and policy.attention and policy.attention.keep_text else ()
         if fresh:
             self._reorder = self._find_reorder(inputs["img_ids"])
         if self._reorder is None:
@@ -255,10 +255,19 @@ class FluxAdapter:
             return
         parts = ("ff", "ff_context") if self.engine.policy.mlp.text_stream else ("ff",)
         for part in parts:
-            module, layer = getattr(block, part), self.engine.mlp(f"{name}.{part}", number)
-            self._patches.forward(module, sparse_feed_forward(module, layer))
+            module = getattr(block, part)
+            if self._is_free(f"{name}.{part}", module):
+                layer = self.engine.mlp(f"{name}.{part}", number)
+                self._patches.forward(module, sparse_feed_forward(module, layer))
 
     def _attach_single_mlp(self, name: str, block: Any, number: int) -> None:
-        if self.engine.policy.mlp is not None:
+        if self.engine.policy.mlp is not None and self._is_free(name, block):
             layer = self.engine.mlp(f"{name}.proj_mlp", number)
             self._patches.forward(block, sparse_single_block(block, layer))
+
+    def _is_free(self, name: str, module: nn.Module) -> bool:
+        """Whether nobody wrapped the module's forward: another cache or offloading must stay outermost."""
+        if "forward" not in module.__dict__:
+            return True
+        self.unhooked.append(f"{name}: forward already wrapped (a cache or offloading; enable it after us)")
+        return False

@@ -70,9 +70,7 @@ class HunyuanDeltaAttnProcessor(HunyuanVideoAttnProcessor2_0):
 
 
 def _project(attn: Any, image: Tensor, text: Tensor, rotary: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised queries and keys, and values, `(B, N, H, D)`; video comes before text, and alone is
-    rotated.
-    """
+    """Normalised queries and keys, and values, `(B, N, H, D)`: video, rotated, before text."""
     together = attn.add_q_proj is None
     x = torch.cat((image, text), 1) if together else image
     q, k, v = (linear(x).unflatten(2, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
@@ -133,7 +131,7 @@ class HunyuanAdapter:
     def keep(self, image: int, text: int) -> Ranges:
         """The always-kept columns where `image` video tokens come before `text` real text tokens."""
         policy = self.engine.policy.attention
-        return ((image, image + text),) if policy is not None and policy.keep_text else ()
+        return ((image, image + text),) if policy is not None and policy.keep_text and text else ()
 
     def signature(self, inputs: dict[str, Any]) -> Hashable:
         """What stays the same within a generation."""
@@ -179,9 +177,7 @@ class HunyuanAdapter:
         self._patches.processor(attn, HunyuanDeltaAttnProcessor(layer, self))
 
     def _attach_reorder(self, transformer: Any) -> None:
-        """Tokens are reordered as soon as they exist, their rotary tables likewise, and put back when
-        projected.
-        """
+        """Reorder tokens as soon as they exist, and their rotary tables; put them back once projected."""
 
         def ordered(module: Any, args: Any, tokens: Tensor) -> Tensor:
             return tokens if self._idle() else self._order().apply(tokens)

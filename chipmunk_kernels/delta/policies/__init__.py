@@ -31,7 +31,7 @@ def load_policy(name_or_path: str | Path) -> Policy:
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
         return _read(path)
     near = difflib.get_close_matches(text, names(), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(
         f"policy: no built-in policy is called {text!r}{hint} There are {', '.join(names())}; or give a file"
     )
