@@ -155,6 +155,15 @@ def detect(device: torch.device) -> Hardware:
     )
 
 
+def native_dtype(device: torch.device) -> str:
+    """bfloat16, unless a CPU has no instructions for it: emulated, it is slower than float32."""
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if not any(getattr(torch.cpu, check, bool)() for check in checks):
+            return "float32"
+    return "bfloat16"
+
+
 def _cpu_cache_bytes() -> int:
     """The last-level cache as the kernel reports it, 32 MiB where it does not."""
     sizes = [
@@ -168,7 +177,7 @@ def _cpu_cache_bytes() -> int:
 def toolchain() -> dict[str, str]:
     """Versions that decide what a kernel compiles to. Timings under two toolchains never mix."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cupy": next(
             (v for v in map(_version, ("cupy-cuda13x", "cupy-cuda12x", "cupy")) if v != "none"), "none"

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import chipmunk_kernels.backends
 from chipmunk_kernels.registry import Kernel
 
 _PACKAGE = "chipmunk_kernels.backends"
@@ -17,6 +18,17 @@ _PACKAGE = "chipmunk_kernels.backends"
 def kernel_hash(kernel: Kernel) -> str:
     """Twelve hex digits over the module of a kernel's settings and every backend module that it imports."""
     return _module_hash(kernel.settings.__module__)
+
+
+def all_sources_hash() -> str:
+    """Twelve hex digits over every file of every backend."""
+    root = Path(chipmunk_kernels.backends.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".cu"):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

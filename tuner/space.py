@@ -124,12 +124,20 @@ class Space:
         return {"backend": CategoricalDistribution([kernel.backend for kernel in self.kernels]), **own}
 
 
+def unavailable_reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot be tuned on a device, or None.
+
+    Triton's interpreter does run on a CPU, to test kernels; its times say nothing about anything.
+    """
+    reason = registry.unavailable(backend, device)
+    if reason is None and device.type == "cpu" and backend != "torch":
+        return f"{backend} only interprets kernels on a CPU"
+    return reason
+
+
 def why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
     """Why a backend has nothing to offer for a problem on a device, or None."""
-    if device.type == "cpu" and backend != "torch":
-        # Triton's interpreter does run there, to test kernels: its times say nothing about anything.
-        return registry.unavailable(backend, device) or f"{backend} only interprets kernels on a CPU"
-    reason = registry.unavailable(backend, device)
+    reason = unavailable_reason(backend, device)
     if reason is not None:
         return reason
     kernel = registry.kernels(backend).get(problem.operation)

@@ -22,8 +22,9 @@ MAX_ATTEMPTS = 3
 """A trial that was in flight when the process died is tried again, but not for ever: then it is taken for the
 killer."""
 
+# Optuna keeps its own tables in the same file, `trials` and `studies` among them.
 _TABLES = """
-CREATE TABLE IF NOT EXISTS trials (
+CREATE TABLE IF NOT EXISTS outcomes (
     identity TEXT PRIMARY KEY,
     context TEXT NOT NULL,
     operation TEXT NOT NULL,
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS trials (
     started TEXT NOT NULL,
     finished TEXT
 );
-CREATE INDEX IF NOT EXISTS trials_of_a_context ON trials (context);
+CREATE INDEX IF NOT EXISTS outcomes_of_a_context ON outcomes (context);
 CREATE TABLE IF NOT EXISTS verdicts (context TEXT PRIMARY KEY, entry TEXT NOT NULL, finished TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -136,32 +137,25 @@ class Store:
 
     def begin(self, identity: Identity) -> None:
         """Note that a trial is in flight, so that a killed process leaves a trace of it."""
-        self._db.execute(
-            "INSERT INTO trials (identity, context, operation, fields, attempts, started) "
-            "VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT (identity) DO UPDATE SET attempts = attempts + 1, "
-            "started = excluded.started",
-            (
-                identity.digest,
-                identity.context,
-                identity.problem["operation"],
-                json.dumps(asdict(identity), sort_keys=True),
-                _now(),
-            ),
-        )
+        self._put(identity)
+        self._db.execute("UPDATE outcomes SET attempts = attempts + 1 WHERE identity = ?", (identity.digest,))
 
     def finish(self, identity: Identity, outcome: Outcome) -> None:
         """Record what became of it."""
+        self._put(identity)
+        values = (outcome.status, outcome.reason, outcome.median_ms, json.dumps(asdict(outcome)), _now())
         self._db.execute(
-            "UPDATE trials SET status = ?, reason = ?, median_ms = ?, outcome = ?, finished = ? "
+            "UPDATE outcomes SET status = ?, reason = ?, median_ms = ?, outcome = ?, finished = ? "
             "WHERE identity = ?",
-            (
-                outcome.status,
-                outcome.reason,
-                outcome.median_ms,
-                json.dumps(asdict(outcome)),
-                _now(),
-                identity.digest,
-            ),
+            (*values, identity.digest),
+        )
+
+    def _put(self, identity: Identity) -> None:
+        fields = json.dumps(asdict(identity), sort_keys=True)
+        self._db.execute(
+            "INSERT OR IGNORE INTO outcomes (identity, context, operation, fields, started) "
+            "VALUES (?, ?, ?, ?, ?)",
+            (identity.digest, identity.context, identity.problem["operation"], fields, _now()),
         )
 
     def finished(self, identity: Identity) -> Outcome | None:
@@ -170,7 +164,7 @@ class Store:
         One that was in flight in `MAX_ATTEMPTS` processes that died is taken for crashed.
         """
         row = self._db.execute(
-            "SELECT status, outcome, attempts FROM trials WHERE identity = ?", (identity.digest,)
+            "SELECT status, outcome, attempts FROM outcomes WHERE identity = ?", (identity.digest,)
         ).fetchone()
         if row is None:
             return None
@@ -185,7 +179,7 @@ class Store:
     def records(self, search: Identity) -> list[Record]:
         """Every finished trial of a search, in the order they ran."""
         rows = self._db.execute(
-            "SELECT fields, outcome FROM trials WHERE context = ? AND status IS NOT NULL ORDER BY rowid",
+            "SELECT fields, outcome FROM outcomes WHERE context = ? AND status IS NOT NULL ORDER BY rowid",
             (search.context,),
         )
         return [Record(Identity(**json.loads(fields)), _outcome(outcome)) for fields, outcome in rows]
@@ -210,8 +204,8 @@ class Store:
         """Drop everything recorded about a problem on a device; returns how many trials that were."""
         where = "json_extract(fields, '$.problem') = json(?) AND json_extract(fields, '$.device.name') = ?"
         values = (json.dumps(search.problem, sort_keys=True), search.device["name"])
-        contexts = self._db.execute(f"SELECT DISTINCT context FROM trials WHERE {where}", values).fetchall()
-        dropped = self._db.execute(f"DELETE FROM trials WHERE {where}", values).rowcount
+        contexts = self._db.execute(f"SELECT DISTINCT context FROM outcomes WHERE {where}", values).fetchall()
+        dropped = self._db.execute(f"DELETE FROM outcomes WHERE {where}", values).rowcount
         for (context,) in contexts:
             self._db.execute("DELETE FROM verdicts WHERE context LIKE ? || '%'", (context,))
         return dropped
@@ -221,24 +215,24 @@ class Store:
 
         Compares with the recorded search that differs in the fewest fields; None, too, if there is none.
         """
-        if self._db.execute("SELECT 1 FROM trials WHERE context = ?", (search.context,)).fetchone():
+        if self._db.execute("SELECT 1 FROM outcomes WHERE context = ?", (search.context,)).fetchone():
             return None
         rows = self._db.execute(
-            "SELECT fields FROM trials WHERE json_extract(fields, '$.problem') = json(?) GROUP BY context",
+            "SELECT fields FROM outcomes WHERE json_extract(fields, '$.problem') = json(?) GROUP BY context",
             (json.dumps(search.problem, sort_keys=True),),
         )
         misses = [_differences(Identity(**json.loads(fields)), search) for (fields,) in rows]
-        return "; ".join(min(misses, key=len)) if misses else None
+        nearest = min(misses, key=len, default=None)
+        return None if nearest is None else "; ".join(nearest)
 
 
 def _differences(stored: Identity, wanted: Identity) -> list[str]:
-    found = []
-    for part in ("device", "toolchain", "timing"):
-        before, now = getattr(stored, part), getattr(wanted, part)
-        for name in sorted(set(before) | set(now)):
-            if before.get(name) != now.get(name):
-                found.append(f"{part}.{name} was {before.get(name)!r}, is {now.get(name)!r}")
-    return found
+    values = [
+        (part, name, getattr(stored, part).get(name), getattr(wanted, part).get(name))
+        for part in ("device", "toolchain", "timing")
+        for name in sorted(set(getattr(stored, part)) | set(getattr(wanted, part)))
+    ]
+    return [f"{part}.{name} was {was!r}, is {now!r}" for part, name, was, now in values if was != now]
 
 
 def _outcome(text: str) -> Outcome:

@@ -60,8 +60,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_workload(name: str) -> Workload:
-    """A workload by name, or by the path of a YAML file.
+def load_workload(name: str, native_dtype: str = "bfloat16") -> Workload:
+    """A workload by name, or by the path of a YAML file. `dtype: auto` in it means `native_dtype`.
 
     Raises:
         WorkloadError: no such workload (the nearest name is suggested), or a file that cannot be used.
@@ -71,7 +71,7 @@ def load_workload(name: str) -> Workload:
         raise WorkloadError(unknown("workload", name, names()))
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _workload(path.stem, document)
+        return _workload(path.stem, document, native_dtype)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise WorkloadError(f"{path}: not a usable workload: {error}") from error
 
@@ -84,13 +84,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{suggestion} (there are: {', '.join(known)})"
 
 
-def _workload(name: str, document: dict) -> Workload:
+def _workload(name: str, document: dict, native_dtype: str) -> Workload:
     if not isinstance(document, dict) or not document.get("problems"):
         raise ValueError("expected a mapping with a list 'problems'")
     problems = []
     for item in document["problems"]:
         fields = dict(item)
         label = fields.pop("label", None)
+        if fields.get("dtype") == "auto":
+            fields["dtype"] = native_dtype
         problem = Problem.from_mapping(fields)
         problems.append(LabelledProblem(label or problem.key, problem))
     return Workload(

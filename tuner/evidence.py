@@ -1,0 +1,88 @@
+"""The evidence that a profile entry carries: how its numbers came about, in plain values."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from chipmunk_kernels.problem import Problem
+from tuner.baselines import CROSSED, Baseline
+from tuner.bench import Bench
+from tuner.finals import DENSE, Crossover, Finals
+from tuner.search import Progress
+from tuner.sources import kernel_hash
+from tuner.space import Candidate
+from tuner.statistics import significant
+from tuner.verify import Check
+
+
+def evidence(
+    bench: Bench,
+    problem: Problem,
+    winner: Candidate,
+    finals: Finals,
+    dense: Baseline,
+    progress: Progress,
+    check: Check,
+    crossover: Crossover | None,
+    clocks: list[float | None],
+) -> dict[str, Any]:
+    """Everything that design and reader ask of an entry: medians, spread, baseline, verdict, correctness,
+    how."""
+    return {
+        "verdict": finals.verdict,
+        "time": finals.times[finals.winner].as_dict("ms"),
+        "dense_baseline": {"name": dense.name, **finals.times[DENSE].as_dict("ms")},
+        "speedup": finals.speedup.as_dict(),
+        "noise_floor": significant(finals.noise, 3),
+        "ideal": _ideal(bench, problem, finals.times[finals.winner].median),
+        "over_default": finals.over_default.as_dict() if finals.over_default else None,
+        "runner_up": _runner_up(finals),
+        "correctness": {
+            "error": significant(check.error, 3),
+            "budget": significant(check.budget, 3),
+            "where": check.where,
+            "against": "float64 reference, fresh inputs of two seeds",
+        },
+        "crossover": crossover.as_dict() if crossover else None,
+        "timing": {
+            "timer": bench.timer.name,
+            "inputs": "normal random values, columns scattered",
+            "finals": "interleaved rounds, order rotated and reversed",
+            "finals_stopped_by": finals.stopped_by,
+            "search_policy": bench.policy.as_dict(),
+            **({"sm_clock_mhz": clocks} if None not in clocks else {}),
+        },
+        "search": {
+            "statuses": progress.statuses(),
+            "stopped_by": progress.stopped_by,
+        },
+        "toolchain": dict(bench.toolchain),
+        "kernel_source": kernel_hash(winner.kernel),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _ideal(bench: Bench, problem: Problem, winner_ms: float) -> dict[str, Any]:
+    """The roofline at the measured ceilings; and what density alone would give, for what computes less."""
+    ideal_ms = bench.ideal_ms(problem)
+    return {
+        "ideal_ms": significant(ideal_ms, 4),
+        "share": significant(ideal_ms / winner_ms, 3),
+        "peak_tflops": significant(bench.ceilings.peak_tflops[problem.dtype], 4),
+        "bandwidth_gbs": significant(bench.ceilings.bandwidth_gbs, 4),
+        "speedup_by_density": significant(1 / problem.density, 4) if problem.operation in CROSSED else None,
+    }
+
+
+def _runner_up(finals: Finals) -> dict[str, Any] | None:
+    if finals.runner_up is None or finals.over_runner_up is None:
+        return None
+    backend, settings = finals.runner_up.split(" ", 1)
+    return {
+        "backend": backend,
+        "settings": json.loads(settings),
+        "time": finals.times[finals.runner_up].as_dict("ms"),
+        "slower_by": finals.over_runner_up.as_dict(),
+    }

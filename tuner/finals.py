@@ -1,0 +1,148 @@
+"""The finals: the best of a search re-measured side by side, for a verdict that can be published.
+
+A search takes many samples of many candidates, and the luckiest looks fastest: "more candidates are more
+lottery tickets". So the finalists, the default and the dense baseline are timed again round by round, the
+leader twice: its difference from itself is the noise floor, below which nothing counts as a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from chipmunk_kernels.problem import Problem
+from tuner.baselines import CROSSED, Baseline
+from tuner.measure import Timer, TimingPolicy, Work, interleave, measure
+from tuner.problem import Case, KernelWork, make_case
+from tuner.space import Candidate
+from tuner.statistics import Interval, Verdict, median_interval, noise_floor, paired_ratio, verdict
+
+DENSE, AGAIN = "dense", "again"
+
+
+@dataclass(frozen=True)
+class Finals:
+    """The outcome of the finals.
+
+    Attributes:
+        winner: key of the winning candidate.
+        times: key → interval in ms; `DENSE` is the baseline.
+        speedup: dense over winner.
+        noise: what the leader differs from itself, as a fraction.
+        verdict: of the winner against dense.
+        over_default: default over winner, None where the default could not be timed.
+        runner_up: key of the second, None if there was one finalist only.
+        over_runner_up: runner-up over winner.
+        stopped_by: the rule that ended the rounds.
+    """
+
+    winner: str
+    times: dict[str, Interval]
+    speedup: Interval
+    noise: float
+    verdict: Verdict
+    over_default: Interval | None
+    runner_up: str | None
+    over_runner_up: Interval | None
+    stopped_by: str
+
+
+def run_finals(
+    case: Case, finalists: list[Candidate], dense: Baseline, timer: Timer, max_seconds: float
+) -> Finals:
+    """Time the finalists (leader first, the default among them if it runs), the leader again, and dense."""
+    works: dict[str, Work] = {DENSE: dense}
+    works |= {
+        candidate.key: KernelWork(case, candidate.kernel, candidate.settings) for candidate in finalists
+    }
+    works[AGAIN] = KernelWork(case, finalists[0].kernel, finalists[0].settings)
+    samples, stopped_by = interleave(works, timer, max_seconds=max_seconds)
+    defaults = [candidate.key for candidate in finalists if candidate.is_default]
+    return judge(samples, finalists[0].key, defaults, stopped_by)
+
+
+def judge(
+    samples: Mapping[str, list[float]], leader: str, defaults: list[str], stopped_by: str = ""
+) -> Finals:
+    """The winner from samples taken round by round.
+
+    A default that is not slower than the fastest by more than the noise floor stays: tuned settings are for
+    what they gain.
+    """
+    noise = noise_floor(samples[AGAIN], samples[leader])
+    keys = [key for key in samples if key not in (DENSE, AGAIN)]
+    ranking = sorted(keys, key=lambda key: median_interval(samples[key]).median)
+    default = next((key for key in ranking if key in defaults), None)
+    if default is not None and default != ranking[0]:
+        gain = paired_ratio(samples[default], samples[ranking[0]])
+        if gain.low <= 1.0 + noise:
+            ranking.remove(default)
+            ranking.insert(0, default)
+    winner = ranking[0]
+    runner_up = ranking[1] if len(ranking) > 1 else None
+    speedup = paired_ratio(samples[DENSE], samples[winner])
+    return Finals(
+        winner=winner,
+        times={key: median_interval(samples[key]) for key in (DENSE, *keys)},
+        speedup=speedup,
+        noise=noise,
+        verdict=verdict(speedup, noise),
+        over_default=paired_ratio(samples[default], samples[winner]) if default else None,
+        runner_up=runner_up,
+        over_runner_up=paired_ratio(samples[runner_up], samples[winner]) if runner_up else None,
+        stopped_by=stopped_by,
+    )
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where dense starts to win: time ≈ fixed + slope · density through two measured densities."""
+
+    density: float
+    points: dict[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "method": "time = a + b * density through the measured points, met with the dense time",
+            "points_ms": {f"{density:.4g}": round(ms, 6) for density, ms in self.points.items()},
+        }
+
+
+def find_crossover(
+    winner: Candidate,
+    problem: Problem,
+    device: torch.device,
+    seed: int,
+    timer: Timer,
+    policy: TimingPolicy,
+    winner_ms: float,
+    dense_ms: float,
+) -> Crossover | None:
+    """Measure the winner at one more density, near where dense should overtake it. None where it never does
+    for the operation does not grow with density."""
+    if problem.operation not in CROSSED:
+        return None
+    second = second_density(problem.density, winner_ms, dense_ms)
+    case = make_case(replace(problem, density=second), device, seed)
+    work = KernelWork(case, winner.kernel, winner.settings)
+    points = {problem.density: winner_ms, second: measure(work, timer, policy).median_ms}
+    return Crossover(crossing(points, dense_ms), points)
+
+
+def second_density(density: float, winner_ms: float, dense_ms: float) -> float:
+    """Where dense would win if time were proportional to density; well away from the first point."""
+    if density > 0.7:
+        return density / 2
+    return min(1.0, max(2 * density, density * dense_ms / winner_ms))
+
+
+def crossing(points: Mapping[float, float], dense_ms: float) -> float:
+    """Where the line through two points (density → ms) meets the dense time, within [0, 1]."""
+    (d1, t1), (d2, t2) = sorted(points.items())
+    slope = (t2 - t1) / (d2 - d1)
+    if slope <= 0:  # no growth with density: the sparse one wins everywhere or nowhere
+        return 1.0 if min(t1, t2) <= dense_ms else 0.0
+    return round(min(1.0, max(0.0, d1 + (dense_ms - t1) / slope)), 4)
