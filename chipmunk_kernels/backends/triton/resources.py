@@ -3,10 +3,10 @@
     python -m chipmunk_kernels.backends.triton.resources [--targets sm_80 sm_90 …] [--kernels NAME …] [--json]
 
 Every kernel file lists `COMPILE_CASES`: tuples of (name, jit function, signature, constexprs, num_warps,
-num_stages), with the default settings at a real model's shapes. A signature maps each argument to its type;
-pointers are taken as aligned to 16 bytes, and a number typed `i32:16` as divisible by 16, as Triton finds
-them at a launch. Registers, stack and shared memory are read from the compiled binary with the `cuobjdump` that
-Triton ships. Compiled kernels are cached where TRITON_CACHE_DIR says.
+num_stages), with the default settings at a real model's shapes. A signature maps arguments to types; pointers
+count as aligned to 16 bytes and numbers typed `i32:16` as divisible by 16, as Triton finds them at a launch.
+Registers, stack and shared memory are read from the compiled binary with the `cuobjdump` that Triton ships.
+Compiled kernels are cached where TRITON_CACHE_DIR says.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Column-sparse attention: each group of queries attends to its own scattered columns only.
 
 One program handles up to BLOCK_M rows of one group: it reads the group's column list, gathers those rows of k
-and v straight into shared memory (asynchronous copies to computed addresses; TMA cannot gather on Hopper), and
+and v straight into shared memory (asynchronous copies to computed addresses; TMA cannot gather on Hopper) and
 adds the normalised result to the base while it is still in registers.
 
 Programs run heads outermost, so that those in flight share one head's keys and values in the L2 cache, and
