@@ -171,20 +171,17 @@ def _sparse_head(
 
 def _similar_groups(
     counts: Tensor, capacity: int, bytes_per_column: int, scratch_bytes: int
-) -> Iterator[tuple[Tensor, int, bool]]:
-    """Blocks of groups that fit the scratch: group numbers, columns to attend, and whether some need a mask.
+) -> Iterator[tuple[slice | Tensor, int, bool]]:
+    """Blocks of groups that fit the scratch: which groups, columns to attend, and whether some need a mask.
 
     Where counts can be read without a sync, groups of like count go together, the fullest first, so that
     ragged counts cost about what their sum does. Elsewhere every group is as wide as the capacity, and
     masked.
     """
     readable = counts.device.type == "cpu"
-    if readable:
-        order = counts.argsort(descending=True, stable=True)
-        widths = counts[order].tolist()
-    else:
-        order = torch.arange(len(counts), device=counts.device)
-        widths = [capacity] * len(counts)
+    widths = sorted(counts.tolist(), reverse=True) if readable else [capacity] * len(counts)
+    uniform = widths[0] == widths[-1]
+    order = None if uniform else counts.argsort(descending=True, stable=True)
     start = 0
     while start < len(widths):
         width = widths[start]
@@ -192,7 +189,9 @@ def _similar_groups(
         if width:
             # An empty group has no softmax: it waits for the block of empty groups at the end.
             stop = next((i for i in range(start, stop) if widths[i] == 0), stop)
-        yield order[start:stop], width, not readable or widths[stop - 1] != width
+        # Slices of groups are views; a list of groups is a copy.
+        groups = slice(start, stop) if order is None else order[start:stop]
+        yield groups, width, not readable or widths[stop - 1] != width
         start = stop
 
 

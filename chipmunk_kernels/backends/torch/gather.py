@@ -50,21 +50,30 @@ def scatter_columns(
         put_rows(own, columns.indices[b, h, g], kept[b, h, g], packed[b, h, g, :, : own.shape[1]], accumulate)
 
 
-def put_rows(table: Tensor, indices: Tensor, kept: Tensor, values: Tensor, accumulate: bool = False) -> None:
+def put_rows(
+    table: Tensor, indices: Tensor, kept: Tensor | None, values: Tensor, accumulate: bool = False
+) -> None:
     """Assign or add `values` `(C, R)` to the rows `indices` `(C,)` of `table` `(N, R)` where `kept`, in
     place.
 
-    A padding slot may hold the index of a kept one. Added, it adds zero; assigned, it repeats the first
-    slot, which is then the same write twice, or the old value of that row if the group keeps nothing.
+    `kept` None stands for all. A padding slot may hold the index of a kept one. Added, it adds zero;
+    assigned, it repeats the first slot, which is then the same write twice, or the old value of that row
+    in an empty group.
     """
     if len(indices) == 0:
         return
+    if kept is not None:
+        mask = kept.unsqueeze(1)
+        if accumulate:
+            values = values.masked_fill(~mask, 0)
+        else:
+            first = torch.where(mask[:1], values[:1], table.index_select(0, indices[:1]))
+            values, indices = torch.where(mask, values, first), torch.where(kept, indices, indices[:1])
+    # From a transposed source index_copy_ takes 3.5 ms where a contiguous one and the copy take 0.4 ms.
     if accumulate:
-        table.index_add_(0, indices, values.masked_fill(~kept.unsqueeze(1), 0))
-        return
-    first = torch.where(kept[:1].unsqueeze(1), values[:1], table.index_select(0, indices[:1]))
-    target = torch.where(kept, indices, indices[:1])
-    table.index_copy_(0, target.long(), torch.where(kept.unsqueeze(1), values, first))
+        table.index_add_(0, indices, values.contiguous())
+    else:
+        table.index_copy_(0, indices.long(), values.contiguous())
 
 
 def _groups(columns: ColumnSet, rows: int) -> Iterator[tuple[int, int, int, slice]]:

@@ -49,7 +49,7 @@ def sparse_mlp(
                 b1,
                 w2_by_neuron,
                 columns.indices[b, 0, g, slots],
-                kept[b, g, slots],
+                None if on_host else kept[b, g],
                 activation_cache[b, :, rows],
                 output_cache[b, rows],
             )
@@ -66,7 +66,7 @@ def _group(
     b1: Tensor | None,
     w2_by_neuron: Tensor,
     neurons: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     cache: Tensor,
     output: Tensor,
 ) -> None:
@@ -76,7 +76,7 @@ def _group(
     bias = None if b1 is None else b1.index_select(0, neurons)
     fresh = F.gelu(F.linear(x, w1.index_select(0, neurons), bias), approximate="tanh")
     delta = fresh - cache.index_select(0, neurons).t()
-    if x.device.type != "cpu":
+    if kept is not None:
         delta = delta.masked_fill(~kept, 0)
     put_rows(cache, neurons, kept, fresh.t())
     chosen = w2_by_neuron.index_select(0, neurons)
