@@ -52,6 +52,11 @@ def test_a_missing_docstring_is_noticed() -> None:
     assert undocumented('"""Module."""\ndef shown():\n    """Why."""') == []
 
 
+def test_files_stay_short_enough_to_hold_in_mind() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
+    assert not {path: lines for path, lines in lengths.items() if lines > 400}
+
+
 # Written in halves, so that this file does not find itself.
 PRIVATE_PATH = re.compile("/" + r"(work/|home/\w|root/|Users/\w)|C:\\" + "Users")
 

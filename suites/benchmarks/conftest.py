@@ -14,10 +14,18 @@ from tabulate import tabulate
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import slug
 from suites.benchmarks.bench import Bench, Machine, choose, make_timer
-from tuner.hardware import Ceilings, HardwareError, detect, measure_ceilings, resolve_device, toolchain
+from tuner.cli import DEFAULT_SUITE
+from tuner.hardware import (
+    Ceilings,
+    HardwareError,
+    detect,
+    measure_ceilings,
+    native_dtype,
+    resolve_device,
+    toolchain,
+)
 from tuner.workload import Workload, WorkloadError, load_workload
 
-DEFAULT_WORKLOAD = {"cpu": "laptop", "cuda": "flux-dev"}
 COLUMNS = ["median", "iqr", "min", "rounds"]
 FOUND = pytest.StashKey[list[dict[str, Any]]]()
 PLUGIN_STORAGE = "file://./.benchmarks"
@@ -145,9 +153,10 @@ def _device(config: pytest.Config) -> torch.device:
 
 
 def _workload(config: pytest.Config) -> Workload:
-    name = config.getoption("--workload") or DEFAULT_WORKLOAD[_device(config).type]
+    device = _device(config)
+    name = config.getoption("--workload") or DEFAULT_SUITE[device.type]
     try:
-        return load_workload(name)
+        return load_workload(name, native_dtype(device))
     except WorkloadError as error:
         raise pytest.UsageError(f"--workload: {error}") from error
 
