@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from suites.quality.policy_space import choose, starting_points
 
 SLOWER = 1.05
 """A prompt this much slower than the best policy's mean cannot win; less may be noise of a shared machine."""
+
+FAR = 200.0
+"""Stands for an infinite PSNR or shortfall in dB: databases and JSON hold no infinity."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,19 @@ class Search:
         """The study of this floor and these prompts, opened or begun."""
         if self._study is None:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
-            self._study = optuna.create_study(
-                study_name=f"floor {self.floor:g} dB, {len(self.prompts)} prompts",
-                storage=f"sqlite:///{self.folder / 'study.db'}",
-                sampler=optuna.samplers.TPESampler(
+            with warnings.catch_warnings():
+                # Optuna 5 moves constraints onto the trial, where Optuna 4 has none.
+                warnings.simplefilter("ignore")
+                sampler = optuna.samplers.TPESampler(
                     seed=self.seed,
                     n_startup_trials=8,
                     multivariate=True,
-                    group=True,
                     constraints_func=_shortfall,
-                ),
+                )
+            self._study = optuna.create_study(
+                study_name=f"floor {self.floor:g} dB, {len(self.prompts)} prompts",
+                storage=f"sqlite:///{self.folder / 'study.db'}",
+                sampler=sampler,
                 load_if_exists=True,
             )
         return self._study
@@ -143,12 +151,12 @@ class Search:
                 break
         mean = sum(times) / len(times)
         dense = self._dense_run(self.prompts[0]).total_ms
-        trial.set_user_attr("psnr_db", [min(p, 200.0) for p in psnrs])
+        trial.set_user_attr("psnr_db", [min(max(p, -FAR), FAR) for p in psnrs])
         trial.set_user_attr("speedup", dense / times[0])
         # Optuna's constraint: satisfied when not positive. NaN pictures count as infinitely far off.
         shortfall = self.floor - min(psnrs)
         trial.set_user_attr(
-            "shortfall_db", shortfall if math.isfinite(shortfall) else math.copysign(200.0, shortfall)
+            "shortfall_db", shortfall if math.isfinite(shortfall) else math.copysign(FAR, shortfall)
         )
         note(f"trial {trial.number}: {dense / times[0]:.2f}×, PSNR {min(psnrs):.1f} dB, {_brief(policy)}")
         return mean
@@ -168,8 +176,6 @@ class Search:
     def _dense_run(self, prompt: str) -> Dense:
         """The prompt's dense run: from memory, from disk, or made now."""
         if prompt not in self._dense:
-            import hashlib
-
             path = self.folder / f"dense-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}.npz"
             if path.is_file():
                 with np.load(path) as stored:

@@ -20,7 +20,9 @@ FIRST = (1, 6)
 EVERY = (0, 3, 4, 5, 6, 8, 10, 14)
 GROUPS = (64, 128, 256)
 DENSE_LAYERS = 3
-KEEP = {"attention": (0.02, 0.5), "mlp": (0.08, 0.7)}
+KEEP = {"attention": (0.02, 0.5), "mlp": (0.08, 1.0)}
+MLP_WORTH_IT = 0.7
+"""Above this the MLP stays dense: one dimension without conditions, easier to learn than a switch."""
 
 
 class Chooser(Protocol):
@@ -45,13 +47,11 @@ def choose(trial: Chooser, name: str, layers: int) -> Policy:
         dense_layers=trial.suggest_int("dense_layers", 0, min(DENSE_LAYERS, layers - 1)),
         merge=trial.suggest_categorical("merge", ("delta", "lse")),
     )
+    mlp_keep = round(trial.suggest_float("mlp_keep", *KEEP["mlp"], log=True), 3)
+    mlp_group = trial.suggest_categorical("mlp_group", GROUPS)
     mlp = None
-    if trial.suggest_categorical("mlp", (True, False)):
-        mlp = MlpPolicy(
-            keep=round(trial.suggest_float("mlp_keep", *KEEP["mlp"], log=True), 3),
-            schedule=schedule,
-            group_size=trial.suggest_categorical("mlp_group", GROUPS),
-        )
+    if mlp_keep <= MLP_WORTH_IT:
+        mlp = MlpPolicy(keep=mlp_keep, schedule=schedule, group_size=mlp_group)
     patch = PATCHES[trial.suggest_categorical("patch", tuple(PATCHES))]
     return Policy(name=name, attention=attention, mlp=mlp, patch=patch)
 
@@ -76,12 +76,10 @@ def choices_of(policy: Policy, layers: int) -> dict[str, Any] | None:
         "attention_group": nearest(attention.group_size, GROUPS),
         "dense_layers": min(attention.dense_layers, DENSE_LAYERS, layers - 1),
         "merge": attention.merge,
-        "mlp": mlp is not None,
+        "mlp_keep": clip(mlp.keep, (KEEP["mlp"][0], MLP_WORTH_IT)) if mlp is not None else KEEP["mlp"][1],
+        "mlp_group": nearest(mlp.group_size, GROUPS) if mlp is not None else 128,
         "patch": patches.get(policy.patch, "none"),
     }
-    if mlp is not None:
-        choices["mlp_keep"] = clip(mlp.keep, KEEP["mlp"])
-        choices["mlp_group"] = nearest(mlp.group_size, GROUPS)
     return choices
 
 
@@ -91,7 +89,7 @@ def starting_points(policy: Policy, layers: int) -> list[dict[str, Any]]:
     if first is None:
         return []
     other = {**first, "merge": "lse" if first["merge"] == "delta" else "delta"}
-    alone = {key: value for key, value in first.items() if not key.startswith("mlp_")} | {"mlp": False}
+    alone = {**first, "mlp_keep": KEEP["mlp"][1]}
     careful = replace(
         policy,
         attention=AttentionPolicy(keep=0.3, dense_layers=0, schedule=Schedule(first=3, every=5)),
