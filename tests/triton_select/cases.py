@@ -1,4 +1,4 @@
-"""What the selection tests share: scores that hide nothing, and always-kept columns as the operation has them."""
+"""What the selection tests share: scores that hide nothing, and the always-kept columns as a mask."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 A `Source` names a .cu file beside this one and its compile-time parameters, which reach the code as macros,
 so that every tile size is a constant there. `load` compiles it for the device's own architecture and keeps
-the kernel for the process; `launch` runs it. RawModule by itself compiles for plain architectures only, and the
-fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with an "a" alone: so NVRTC is
-called here, the binary kept in CuPy's cache folder, and RawModule loads it from there.
+the kernel for the process; `launch` runs it. RawModule by itself compiles for plain architectures only, and
+the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with an "a" alone: so NVRTC
+is called here, the binary kept in CuPy's cache folder, and RawModule loads it from there.
 
 The sources include no header: a CuPy that came from pip finds NVRTC, but often no CUDA toolkit.
 """

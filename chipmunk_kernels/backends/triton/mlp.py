@@ -40,13 +40,13 @@ class SparseMlpSettings(LaunchSettings):
     Attributes:
         up_columns: neurons per program of the up-projection.
         up_tokens: tokens per program of the up-projection.
-        up_depth: model features per step of its loop.
+        up_depth: model features per step of its loop; half as many in float32.
         up_warps, up_stages: its warps and pipeline stages.
         up_registers: cap on a thread's registers, 0 for none. 128 lets two programs of 8 warps share a
             multiprocessor, so that one's products cover the other's long epilogue; spills nothing on sm_90.
         down_tokens: tokens per program of the down-projection.
         down_width: output features per program.
-        down_depth: kept neurons per step of its loop.
+        down_depth: kept neurons per step of its loop; half as many in float32.
         down_warps, down_stages: its warps and pipeline stages.
         band: token groups that share a weight block before the next one begins.
     """
@@ -66,7 +66,6 @@ class SparseMlpSettings(LaunchSettings):
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         rows = min(problem.group_size, problem.rows)
-        size = 4 if problem.dtype == "float32" else 2
         kernels = (
             ("up", self.up_columns, self.up_tokens, self.up_depth, self.up_warps, self.up_stages),
             ("down", self.down_width, self.down_tokens, self.down_depth, self.down_warps, self.down_stages),
@@ -77,8 +76,8 @@ class SparseMlpSettings(LaunchSettings):
             # An accumulator of more than 128 registers a thread leaves too few of the 255 for the rest.
             if wide * tokens > 128 * 32 * warps:
                 return f"{name}: a {wide} × {tokens} accumulator does not fit the registers of {warps} warps"
-            # One buffer fewer than stages is the least that any compute capability takes.
-            needed = (wide + tokens) * depth * size * (stages - 1)
+            # Elements of two bytes; one buffer fewer than stages is the least that any capability takes.
+            needed = (wide + tokens) * depth * 2 * (stages - 1)
             if shared_memory_bytes is not None and needed > shared_memory_bytes:
                 return f"{name}: needs {needed} bytes of shared memory, the device has {shared_memory_bytes}"
         if self.up_registers and self.up_columns * self.up_tokens > 64 * 32 * self.up_warps:
@@ -229,14 +228,16 @@ def sparse_mlp(
     packed = torch.empty(batch, groups, capacity, group_size, dtype=x.dtype, device=x.device)
     rows = min(group_size, tokens)
     up_tokens, down_tokens = tile_rows(settings.up_tokens, rows), tile_rows(settings.down_tokens, rows)
+    # Wide elements in half as deep tiles take the same shared memory.
+    up_depth, down_depth = settings.up_depth * 2 // x.itemsize, settings.down_depth * 2 // x.itemsize
     with on_device(x):
         blocks, tiles = triton.cdiv(capacity, settings.up_columns), triton.cdiv(rows, up_tokens)
         up_kernel[(blocks * tiles * groups, batch)](
             x, w1, b1, indices, counts, activation_cache, packed,
             groups, capacity, group_size, tokens, width, blocks, tiles,
             x.stride(0), x.stride(1), w1.stride(0), activation_cache.stride(0), activation_cache.stride(1),
-            BAND=settings.band, COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=settings.up_depth,
-            EVEN=width % settings.up_depth == 0, PRECISION=precision(x.dtype),
+            BAND=settings.band, COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=up_depth,
+            EVEN=width % up_depth == 0, PRECISION=precision(x.dtype),
             num_warps=settings.up_warps, num_stages=settings.up_stages,
             maxnreg=register_cap(settings.up_registers),
         )  # fmt: skip
@@ -245,7 +246,7 @@ def sparse_mlp(
             packed, w2_by_neuron, indices, counts, output_cache,
             groups, capacity, group_size, tokens, width_out, blocks, tiles,
             w2_by_neuron.stride(0), output_cache.stride(0), output_cache.stride(1),
-            BAND=settings.band, TOKENS=down_tokens, WIDTH=settings.down_width, DEPTH=settings.down_depth,
+            BAND=settings.band, TOKENS=down_tokens, WIDTH=settings.down_width, DEPTH=down_depth,
             PRECISION=precision(x.dtype),
             num_warps=tile_warps(settings.down_warps, down_tokens), num_stages=settings.down_stages,
         )  # fmt: skip
