@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
+from chipmunk_kernels.backends import triton
 from chipmunk_kernels.delta.policy import Policy
 from chipmunk_kernels.problem import OPERATIONS, Problem
 from chipmunk_kernels.profiles import Entry, Profile
 from tuner.export.result import ExportError
 from tuner.export.vllm_moe import export, file_name, spelled
 
-SETTINGS = {"block_m": 128, "block_n": 64, "split": 2, "num_warps": 8, "num_stages": 3}
-SPELLED = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 64, "SPLIT": 2, "num_warps": 8, "num_stages": 3}
+SETTINGS = {"block_m": 128, "block_n": 64, "peel_tail": True, "num_warps": 8, "num_stages": 3}
+SPELLED = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 64, "PEEL_TAIL": True, "num_warps": 8, "num_stages": 3}
 
 
 def attention(rows: int, columns: int | None = None, **fields: Any) -> Problem:
@@ -80,6 +81,32 @@ def test_read_back_as_vllm_reads() -> None:
         assert {name: nearest[names[name]] for name in SETTINGS} == entry.settings
 
 
+@pytest.mark.parametrize("operation", sorted(triton.kernels()))
+def test_every_setting_of_our_kernels_keeps_a_name_of_its_own(operation: str) -> None:
+    defaults = triton.kernels()[operation].settings().as_dict()
+    assert len({spelled(name) for name in defaults}) == len(defaults)
+
+
+def test_launch_options_have_tritons_names() -> None:
+    settings = {
+        "up_warps": 8,
+        "down_stages": 3,
+        "up_registers": 0,
+        "max_registers": 128,
+        "block": 64,
+        "bits": 4,
+    }
+    (text,) = export(profile(Entry(attention(256), "triton", settings))).files.values()
+    assert json.loads(text)["256"] == {
+        "up_num_warps": 8,
+        "down_num_stages": 3,
+        "up_maxnreg": None,
+        "maxnreg": 128,
+        "BLOCK_SIZE": 64,
+        "BITS": 4,
+    }
+
+
 def test_every_fixed_dimension_is_in_the_name() -> None:
     """Problems that differ in anything but their rows never share a file."""
     problems = [
@@ -111,12 +138,15 @@ def test_names_are_portable_file_names(device: str, tmp_path: Path) -> None:
 
 def test_what_stays_behind_is_named() -> None:
     other = Entry(attention(2048), "torch", {})
-    crossing = Entry(attention(4352), "triton", SETTINGS, density_crossover=0.6)
+    crossing = Entry(
+        attention(4352), "triton", SETTINGS, {"verdict": "dense is better"}, density_crossover=0.6
+    )
     twice = Entry(attention(4352), "triton", {**SETTINGS, "num_warps": 4})
     result = export(profile(other, crossing, twice, policies={"flux-dev": Policy("flux-dev")}))
     (text,) = result.files.values()
     assert json.loads(text) == {"triton_version": "3.6.0", "4352": SPELLED}
-    torch_won, crossover, listed_twice, policies = result.warnings
+    torch_won, verdict, crossover, listed_twice, policies = result.warnings
+    assert "dense is better" in verdict
     assert "won by torch" in torch_won and other.problem.key in torch_won
     assert "density crossover 0.6" in crossover
     assert "listed twice" in listed_twice

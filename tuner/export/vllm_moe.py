@@ -19,11 +19,12 @@ in capitals and launch options as Triton does; a `triton_version` key is dropped
     device_name  as the driver reports it, blanks as underscores
     dtype        of the tensors; always there
 
-The key is the number of rows (tokens). A setting `block_m` is spelled `BLOCK_SIZE_M`, any other constant in
-capitals; `num_warps`, `num_stages`, `num_ctas` and `maxnreg` stay as they are.
+The key is the number of rows (tokens). Constants are in capitals, `block_m` is `BLOCK_SIZE_M`. Launch
+options have Triton's names, `num_warps`, `num_stages`, `maxnreg` (null: the compiler's choice); an operation of
+several launches says which it means, `up_num_warps`.
 
-Only entries won by Triton can be told this way; the others are named in the warnings, as are the density
-crossovers (above which dense attention is faster), for which the format has no place.
+Only entries won by Triton can be told this way; the others are named in the warnings, as is where the dense
+baseline is the faster (by verdict, or above a density crossover), for which the format has no place.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from chipmunk_kernels.problem import Problem
     from chipmunk_kernels.profiles import Profile
 
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+TRITON_OPTIONS = {"warps": "num_warps", "stages": "num_stages", "ctas": "num_ctas", "registers": "maxnreg"}
+"""The last word of a launch option's name in our settings → Triton's name."""
+
 WEIGHT_COLUMNS = ("sparse_mlp", "group_mean")
 """Operations whose columns are a weight's, hence fixed by the model and always part of the name."""
 
@@ -54,10 +57,18 @@ def file_name(problem: Problem, device_name: str) -> str:
 
 
 def spelled(setting: str) -> str:
-    """A launch setting's name as vLLM spells it: `block_m` → `BLOCK_SIZE_M`, `num_warps` → `num_warps`."""
-    if setting in LAUNCH_OPTIONS:
-        return setting
-    return re.sub(r"^BLOCK(?=_|$)", "BLOCK_SIZE", setting.upper())
+    """A launch setting's name as vLLM spells it: `block_m` → `BLOCK_SIZE_M`, `max_registers` → `maxnreg`."""
+    launch, _, last = setting.rpartition("_")
+    if last not in TRITON_OPTIONS:
+        return re.sub(r"^BLOCK(?=_|$)", "BLOCK_SIZE", setting.upper())
+    prefix = "" if launch in ("", "num", "max") else f"{launch}_"
+    return prefix + TRITON_OPTIONS[last]
+
+
+def _launch(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as vLLM spells them. Our 0 registers, no cap, is Triton's None."""
+    named = ((spelled(name), value) for name, value in settings.items())
+    return {name: value or None if name.endswith("maxnreg") else value for name, value in named}
 
 
 def export(profile: Profile) -> Export:
@@ -79,7 +90,9 @@ def export(profile: Profile) -> Export:
         if entry.problem.rows in table:
             warnings.append(f"{entry.problem.key}: listed twice in the profile, the first is kept")
             continue
-        table[entry.problem.rows] = {spelled(name): value for name, value in entry.settings.items()}
+        table[entry.problem.rows] = _launch(entry.settings)
+        if entry.evidence.get("verdict") == "dense is better":
+            warnings.append(f"{entry.problem.key}: its verdict, dense is better, is lost")
         if entry.density_crossover is not None:
             warnings.append(f"{entry.problem.key}: its density crossover {entry.density_crossover:g} is lost")
     if not tables:
