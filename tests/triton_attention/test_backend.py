@@ -108,8 +108,8 @@ def test_public_operators_reach_the_kernels() -> None:
 
     prev = dense[1]
     got = ck.colsum_attention(q, k, v, prev, 64, backend="triton")
-    exact = truth.colsum_attention(q.double(), k.double(), v.double(), prev.double(), 64)
-    check(got, exact, truth.colsum_attention(q, k, v, prev, 64), EXACT)
+    masses = truth.colsum_attention(q.double(), k.double(), v.double(), prev.double(), 64)
+    check(got, masses, truth.colsum_attention(q, k, v, prev, 64), EXACT)
 
     columns = scattered_columns(1, 2, 70, 70, 64, device=DEVICE)
     base = randn(1, 2, 70, 64, dtype=EXACT, device=DEVICE)
