@@ -20,8 +20,8 @@ in capitals and launch options as Triton does; a `triton_version` key is dropped
     dtype        of the tensors; always there
 
 The key is the number of rows (tokens). Constants are in capitals, `block_m` is `BLOCK_SIZE_M`. Launch
-options have Triton's names, `num_warps`, `num_stages`, `maxnreg` (null: the compiler's choice); an operation of
-several launches says which it means, `up_num_warps`.
+options have Triton's names, `num_warps`, `num_stages`, `maxnreg` (null: the compiler's choice); an operation
+of several launches says which it means, `up_num_warps`.
 
 Only entries won by Triton can be told this way; the others are named in the warnings, as is where the dense
 baseline is the faster (by verdict, or above a density crossover), for which the format has no place.
