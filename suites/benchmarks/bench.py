@@ -131,8 +131,10 @@ class Bench:
     def _rounds(self, benchmark: Any, work: Work) -> int:
         """Warm up in time; then as many rounds as fit `--benchmark-max-time`, or `--benchmark-min-rounds`.
 
-        A round costs what it takes, cache clearing included, not what it measures.
+        A round costs what it takes, cache clearing included, not what it measures. The first call may compile
+        for seconds and says nothing about the next.
         """
+        self.machine.timer.sample(work)
         started, samples = time.perf_counter(), 0
         while samples == 0 or time.perf_counter() - started < WARM_UP_S:
             self.machine.timer.sample(work)
