@@ -81,9 +81,10 @@ def warm_up(subject: Subject, policy: Policy, profile: Any, seed: int) -> StepPa
     """
     inputs = subject.warm_inputs("warm-up", seed)
     transformer, device = subject.pipe.transformer, subject.pipe._execution_device
-    watch = nullcontext() if subject.parts_in_run else measured_parts(transformer, 1, device)
+    dense_steps = 1 if subject.parts_in_run else 4
+    watch = nullcontext() if subject.parts_in_run else measured_parts(transformer, (1, 2, 3), device)
     with watch as parts:
-        run_dense(subject, inputs, steps=2, seed=seed, label="warm-up, dense")
+        run_dense(subject, inputs, steps=dense_steps, seed=seed, label="warm-up, dense")
     brief = Schedule(first=2, every=0)
     quick = replace(
         policy,
@@ -132,7 +133,7 @@ def compare(
     inputs = subject.inputs(prompt, seed)
     stop_after = dense_steps if dense_steps is not None and dense_steps < steps else None
     transformer, device = subject.pipe.transformer, subject.pipe._execution_device
-    watch = nullcontext(parts) if parts is not None else measured_parts(transformer, 0, device)
+    watch = nullcontext(parts) if parts is not None else measured_parts(transformer, (0,), device)
     with watch as measured:
         dense = run_dense(
             subject, inputs, steps=steps, seed=seed, stop_after=stop_after, label=f"{label}dense"

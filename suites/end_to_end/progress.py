@@ -17,4 +17,8 @@ def note(message: str) -> None:
 def steps_bar(label: str, steps: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to be told the number of finished steps."""
     with tqdm(total=steps, desc=label, file=sys.stderr, unit="step", leave=False, dynamic_ncols=True) as bar:
-        yield lambda done: bar.update(done - bar.n)
+
+        def finished(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield finished

@@ -7,9 +7,9 @@ reaches 1.2× where 3× is, is not: so every record carries its ceiling.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -77,63 +77,81 @@ def _mlp_modules(transformer: nn.Module) -> list[tuple[nn.Module, float]]:
 
 
 @contextmanager
-def measured_parts(transformer: nn.Module, call: int, device: torch.device) -> Iterator[StepParts]:
-    """Within the block, take the transformer's forward number `call` (from 0) apart; others run untouched.
+def measured_parts(
+    transformer: nn.Module, calls: Collection[int], device: torch.device
+) -> Iterator[StepParts]:
+    """Within the block, take the transformer's forwards number `calls` (from 0) apart; others run untouched.
 
-    The device is waited for around every part, so that call runs a little slower: take its shares, not its
-    duration. Attention is what runs through `scaled_dot_product_attention`; with another attention backend
-    set in diffusers its share reads 0.
+    Yields the parts of the fastest of them: the one that other work on the machine disturbed least. The device
+    is waited for around every part, so those forwards run a little slower: take their shares, not their
+    duration. Attention is what runs through `scaled_dot_product_attention`; with another attention backend set
+    in diffusers its share reads 0.
     """
-    parts = StepParts()
-    clock = _AttentionClock(parts, device)
-    inner: list[Any] = []
-    calls = -1
-    started = 0.0
-
-    def begin_part(module: nn.Module, args: Any) -> None:
-        synchronize(device)
-        begun[module] = time.perf_counter()
-
-    def end_part(fraction: float) -> Any:
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            synchronize(device)
-            parts.mlp_ms += fraction * (time.perf_counter() - begun[module]) * 1e3
-
-        return end
+    fastest = StepParts()
+    probe: _Probe | None = None
+    number = -1
 
     def begin(module: nn.Module, args: Any) -> None:
-        nonlocal calls, started
-        calls += 1
-        if calls != call:
-            return
-        for part, fraction in _mlp_modules(transformer):
-            inner.extend(
-                [part.register_forward_pre_hook(begin_part), part.register_forward_hook(end_part(fraction))]
-            )
-        clock.__enter__()
-        synchronize(device)
-        started = time.perf_counter()
+        nonlocal number, probe
+        number += 1
+        if number in calls:
+            probe = _Probe(transformer, device)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        if not inner:
+        nonlocal probe
+        if probe is None:
             return
-        if output is not None:  # None: the forward raised
-            synchronize(device)
-            parts.step_ms = (time.perf_counter() - started) * 1e3
-        clock.__exit__(None, None, None)
-        while inner:
-            inner.pop().remove()
+        parts = probe.stop()
+        probe = None
+        raised = output is None
+        if not raised and (not fastest.step_ms or parts.step_ms < fastest.step_ms):
+            fastest.step_ms, fastest.attention_ms, fastest.mlp_ms = astuple(parts)
 
-    begun: dict[nn.Module, float] = {}
-    outer = [
+    hooks = [
         transformer.register_forward_pre_hook(begin),
         transformer.register_forward_hook(end, always_call=True),
     ]
     try:
-        yield parts
+        yield fastest
     finally:
-        for hook in (*outer, *inner):
+        for hook in hooks:
             hook.remove()
+
+
+class _Probe:
+    """Takes one forward apart, from its making until `stop`."""
+
+    def __init__(self, transformer: nn.Module, device: torch.device) -> None:
+        self.parts = StepParts()
+        self.device = device
+        self.hooks: list[Any] = []
+        self.begun: dict[nn.Module, float] = {}
+        for part, fraction in _mlp_modules(transformer):
+            self.hooks.append(part.register_forward_pre_hook(self._begin))
+            self.hooks.append(part.register_forward_hook(self._end(fraction)))
+        self.clock = _AttentionClock(self.parts, device)
+        self.clock.__enter__()
+        self.start = self._now()
+
+    def stop(self) -> StepParts:
+        self.parts.step_ms = (self._now() - self.start) * 1e3
+        self.clock.__exit__(None, None, None)
+        for hook in self.hooks:
+            hook.remove()
+        return self.parts
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self.begun[module] = self._now()
+
+    def _end(self, fraction: float) -> Callable[[nn.Module, Any, Any], None]:
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            self.parts.mlp_ms += fraction * (self._now() - self.begun[module]) * 1e3
+
+        return end
 
 
 def _cost(part: AttentionPolicy | MlpPolicy | None, density: float | None, steps: int, layers: int) -> float:

@@ -12,6 +12,7 @@ from chipmunk_kernels.delta.policy import Policy
 from suites.end_to_end.compare import predicted_speedup
 
 LONG_SCHEDULE = 50
+UNSTEADY = 1.5
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -105,6 +106,15 @@ def _percent(value: float | None) -> str:
     return "stayed dense" if value is None else f"{value:.1%} kept"
 
 
+def _unsteady(rows: Sequence[dict[str, Any]]) -> str | None:
+    """A warning where dense steps, which all do the same work, take very different times."""
+    times = sorted(ms for row in rows for ms in row["dense"]["step_ms"])
+    high = times[len(times) * 9 // 10]
+    if len(times) < 3 or high <= UNSTEADY * times[0]:
+        return None
+    return f"dense steps take {times[0]:.1f} to {high:.1f} ms: the machine is busy, mind the speedup's error"
+
+
 def fact_table(record: dict[str, Any], rows: Sequence[dict[str, Any]], policy: Policy) -> str:
     """What the run was, what it kept, where its time goes and why anything stayed dense."""
     total = summary(rows)
@@ -145,6 +155,9 @@ def fact_table(record: dict[str, Any], rows: Sequence[dict[str, Any]], policy: P
     if len(rows[0]["dense"]["step_ms"]) < len(kinds):
         predicted = predicted_speedup(rows[0], policy, LONG_SCHEDULE)
         facts.append((f"{LONG_SCHEDULE} steps", f"{_number(predicted)}× predicted from these step times"))
+    unsteady = _unsteady(rows)
+    if unsteady:
+        facts.append(("unsteady", unsteady))
     peak = max((row["sparse"]["peak_bytes"] or 0 for row in rows), default=0)
     if peak:
         dense_peak = max(row["dense"]["peak_bytes"] or 0 for row in rows)

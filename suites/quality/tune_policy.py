@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,8 +153,8 @@ def _write(output: Path, found: Any, search: Search, settings: dict[str, Any]) -
         f"Found by suites.quality.tune_policy: the fastest of {search.finished} trials that keeps "
         f"{search.floor:g} dB on all {len(found.psnr_db)} prompts.",
         ", ".join(f"{key} {value}" for key, value in settings.items()),
-        f"PSNR lowest {min(found.psnr_db):.1f} dB, mean {sum(found.psnr_db) / len(found.psnr_db):.1f} dB.",
-        f"About {found.speedup:.2f}x over dense runs made earlier; chipmunk-run measures the two side by side.",
+        f"PSNR lowest {min(found.psnr_db):.1f} dB, mean {statistics.fmean(found.psnr_db):.1f} dB.",
+        f"About {found.speedup:.2f}x over dense runs made earlier; chipmunk-run measures both side by side.",
     ]
     text = "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(found.policy.as_dict(), sort_keys=False)
     try:

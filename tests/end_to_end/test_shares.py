@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 def test_parts_are_those_of_one_forward() -> None:
     model, x = Model(), torch.randn(1, 1, 4, 8)
-    with measured_parts(model, 1, torch.device("cpu")) as parts:
+    with measured_parts(model, (1,), torch.device("cpu")) as parts:
         model(x)
         assert parts.step_ms == 0, "only the second forward counts"
         model(x)
@@ -69,9 +69,23 @@ def test_parts_are_those_of_one_forward() -> None:
     assert not hooked
 
 
+def test_the_fastest_of_several_forwards_counts() -> None:
+    model, x = Model(), torch.randn(1, 1, 4, 8)
+    slow = model.single_transformer_blocks[0].other
+    with measured_parts(model, (0, 1), torch.device("cpu")) as parts:
+        slow.seconds = 0.3
+        model(x)
+        disturbed = parts.step_ms
+        slow.seconds = 0.03
+        model(x)
+    assert disturbed >= 300
+    assert parts.step_ms < disturbed - 200
+    assert parts.mlp_ms < parts.step_ms
+
+
 def test_a_failing_forward_leaves_no_hooks() -> None:
     model = Model()
-    with pytest.raises(RuntimeError), measured_parts(model, 0, torch.device("cpu")):
+    with pytest.raises(RuntimeError), measured_parts(model, (0,), torch.device("cpu")):
         model(torch.randn(1, 1, 4, 9))
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert F.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 4)] * 3).shape == (1, 1, 2, 4)
