@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import device_identity, slug
 from suites.benchmarks import conftest
-from suites.benchmarks.bench import SampleClock
+from suites.benchmarks.bench import CLOCK, Bench, Machine, SampleClock, choose
+from tuner.baselines import Baseline, work_of
+from tuner.hardware import Ceilings, detect
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = [
@@ -194,6 +199,52 @@ def test_what_a_person_chose_stays(workload: Path, tmp_path: Path) -> None:
     options = configured(workload, **chosen)
     assert {name: getattr(options, name) for name in chosen} == chosen
     assert options.benchmark_autosave is None
+
+
+class Recorder:
+    """What pytest-benchmark's fixture does with a clock, as far as the suite uses it."""
+
+    enabled, _min_rounds, _max_time = True, 3, 0.01
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.group = ""
+
+    def pedantic(self, target: Any, args: Any, rounds: int, iterations: int) -> None:
+        durations = []
+        for _ in range(rounds):
+            before = CLOCK.seconds()
+            target(*args)
+            durations.append(CLOCK.seconds() - before)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=median(durations)))
+
+
+class Steady:
+    """Every call of the baseline takes 6 ms, every call of a kernel 2 ms."""
+
+    name = "steady"
+
+    def sample(self, work: Any) -> float:
+        work.call()
+        return 6.0 if isinstance(work, Baseline) else 2.0
+
+
+@pytest.mark.parametrize("baseline_too", [True, False])
+def test_speedup_with_and_without_the_baseline_selected(baseline_too: bool) -> None:
+    problem = Problem("sparse_mlp", rows=64, columns=128, width=32, dtype="float32", density=0.5)
+    device = torch.device("cpu")
+    machine = Machine(device, detect(device), Ceilings(10.0, {"float32": 0.1}), Steady())
+    bench = Bench("small", problem, machine, choose(problem, device, None))
+    if baseline_too:
+        bench.time_baseline(Recorder())
+    recorder = Recorder()
+    bench.time_operation(recorder)
+    assert recorder.group == "sparse_mlp: small"
+    assert recorder.extra_info["speedup"] == pytest.approx(3.0)
+    assert recorder.extra_info["median_ms"] == pytest.approx(2.0)
+    assert recorder.extra_info["problem"] == problem.key
+    ideal_ms = work_of(problem).ideal_ms(0.1, 10.0)
+    assert recorder.extra_info["share_of_ideal"] == pytest.approx(ideal_ms / 2.0)
 
 
 def test_the_clock_moves_by_what_the_timer_says() -> None:
