@@ -38,6 +38,12 @@ EMPTY_SHARE = 1e-5
 Below it the difference of two normalisers in float32 is mostly rounding."""
 
 
+TRUST = 4.0
+"""`lse` form: the cached part may weigh at most so many times its share when it was cached. As the difference of
+two rounded outputs its error is about eps·|O| over that share, so this bounds its error in the result by a few
+roundings; rows whose cached share was a quarter or more are not bounded at all."""
+
+
 @dataclass
 class AttentionDelta:
     """State of one layer and one guidance branch; call it once per step.
@@ -105,7 +111,8 @@ class AttentionDelta:
         self._selection.uses += 1
         if self._rest_lse is None:
             return self._selected(q, k, v, base=self._rest)[0]
-        return merge(self._rest, self._rest_lse, *self._selected(q, k, v))
+        assert self._lse is not None
+        return merge(self._rest, self._rest_lse, self._lse, *self._selected(q, k, v))
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, step: int, keep: Ranges) -> Tensor:
         # Freed before their successors are made, so that the peak holds one set of caches.
@@ -227,10 +234,14 @@ def remainder(
     return rest.to(out.dtype), (lse + left.log()).masked_fill(empty, -math.inf)
 
 
-def merge(rest: Tensor, rest_lse: Tensor, fresh: Tensor, fresh_lse: Tensor) -> Tensor:
-    """Two partial softmaxes as one, weighed by their normalisers; one of −∞ has no weight."""
-    weight = torch.sigmoid(fresh_lse - rest_lse).unsqueeze(-1)
-    return torch.lerp(rest.float(), fresh.float(), weight).to(fresh.dtype)
+def merge(rest: Tensor, rest_lse: Tensor, lse: Tensor, fresh: Tensor, fresh_lse: Tensor) -> Tensor:
+    """Two partial softmaxes as one, weighed by their normalisers; one of −∞ has no weight.
+
+    `rest` had the share exp(rest_lse − lse) of its row when it was cached, and gets at most `TRUST` times that.
+    """
+    share = (rest_lse - lse).exp()
+    weight = torch.minimum(torch.sigmoid(rest_lse - fresh_lse), TRUST * share).unsqueeze(-1)
+    return torch.lerp(fresh.float(), rest.float(), weight).to(fresh.dtype)
 
 
 def mix_seed(*parts: int) -> int:
