@@ -97,10 +97,12 @@ def _run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from suites.end_to_end.record import Record, machine, versions
+    from suites.end_to_end.record import Record, machine, require_writable, versions
     from suites.end_to_end.session import run_prompts
     from suites.end_to_end.subject import resolve_device, resolve_dtype
 
+    if options.output:
+        require_writable(options.output)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     profile = resolve_profile(options.profile, device)

@@ -42,6 +42,7 @@ def run_dense(
     stop_after: int | None = None,
     label: str,
 ) -> Generation:
+    """One dense generation, in the context that makes it a fair baseline."""
     with subject.dense(), steps_bar(label, stop_after or steps) as on_step:
         return generate(subject.pipe, inputs, steps=steps, seed=seed, stop_after=stop_after, on_step=on_step)
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 
 def note(message: str) -> None:
+    """A line on stderr, above the bar if there is one."""
     tqdm.write(message, file=sys.stderr)
 
 

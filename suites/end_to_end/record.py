@@ -83,6 +83,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def require_writable(folder: Path) -> None:
+    """Raise UsageError where `folder` could not be made or written. Makes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "read-only" if nearest.is_dir() else f"{nearest} is a file"
+        raise UsageError(f"--output {folder}: cannot write there ({reason}); give another folder")
+
+
 class Record:
     """A run's record in its output folder.
 

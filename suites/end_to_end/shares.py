@@ -82,9 +82,9 @@ def measured_parts(
 ) -> Iterator[StepParts]:
     """Within the block, take the transformer's forwards number `calls` (from 0) apart; others run untouched.
 
-    Yields the parts of the fastest of them: the one that other work on the machine disturbed least. The device
+    Yields the parts of the fastest: the one that other work on the machine disturbed least. The device
     is waited for around every part, so those forwards run a little slower: take their shares, not their
-    duration. Attention is what runs through `scaled_dot_product_attention`; with another attention backend set
+    duration. Attention is what runs through `scaled_dot_product_attention`; with another backend set
     in diffusers its share reads 0.
     """
     fastest = StepParts()

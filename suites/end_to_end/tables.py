@@ -55,6 +55,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def prompt_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Times, speedup and fidelity of every prompt; with several, all of them below."""
     body = [
         [
             row["prompt"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -114,12 +115,18 @@ def test_missing_packages_come_with_the_command_to_install_them(
     assert "pip install 'chipmunk-kernels[run]'" in err
 
 
-def test_an_output_that_cannot_be_written_stops_before_any_work(chipmunk_run: Run, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_stops_before_any_work(
+    chipmunk_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     code, _, err = chipmunk_run(*TINY, "--output", tmp_path / "file" / "out")
     assert code == 2
     assert "cannot write there" in err
-    assert "warming up" not in err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    code, _, err = chipmunk_run("flux", "--model", "not-even-looked-at", "--output", tmp_path / "new" / "out")
+    assert code == 2
+    assert "read-only" in err
+    assert not (tmp_path / "new").exists()
 
 
 def test_fixed_prompts_speak_the_shipped_models_language() -> None:
