@@ -1,8 +1,8 @@
 """Column-sparse kernels for diffusion transformers.
 
-Everything a caller needs is here: the operations, the column set they share, and the two functions that put
-the method into a diffusers model and take it out again. Importing needs torch alone; triton, cupy and diffusers
-are imported when something that needs them is used.
+Everything a caller needs is here: the operations, the column set they share, and the two functions that
+put the method into a diffusers model and take it out again. Importing needs torch alone; triton, cupy and
+diffusers are imported when something that needs them is used.
 """
 
 from __future__ import annotations
