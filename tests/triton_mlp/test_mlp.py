@@ -101,7 +101,7 @@ def test_what_is_not_kept_does_not_change() -> None:
 
 
 def test_the_output_gains_what_the_cache_gains() -> None:
-    """A second call with the same input changes nothing at all: the delta is taken from the value as stored."""
+    """A second call with the same input changes nothing: the delta is taken from the value as stored."""
     inputs = mlp_inputs(1, 130, 32, 100, group_size=64, dtype=torch.float16, device=DEVICE)
     activations, output = run(inputs)
     again = run(dataclasses.replace(inputs, activation_cache=activations, output_cache=output))

@@ -31,7 +31,7 @@ def unavailable(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the cupy kernels are CUDA sources, this torch is built for ROCm; use backend='torch'"
     if importlib.util.find_spec("cupy") is None:
-        return f"cupy is not installed; run `pip install 'chipmunk-kernels[{_extra()}]'`"
+        return f"cupy is not installed; run {_install_command()}"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return (
@@ -41,10 +41,10 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def _extra() -> str:
-    """The optional extra whose CuPy fits the CUDA that torch was built with."""
-    version = torch.version.cuda
-    return f"cuda{version.split('.')[0]}" if version else "cuda12] or chipmunk-kernels[cuda13"
+def _install_command() -> str:
+    """How to get the CuPy that fits the CUDA which torch was built with."""
+    majors = [torch.version.cuda.split(".")[0]] if torch.version.cuda else ["12", "13"]
+    return " or ".join(f"`pip install 'chipmunk-kernels[cuda{major}]'`" for major in majors)
 
 
 @functools.cache

@@ -126,13 +126,19 @@ def _binary(source: Source, target: str) -> Path:
     identity = repr((code, options, cupy.cuda.nvrtc.getVersion()))
     path = _cache_folder() / f"chipmunk-{hashlib.sha256(identity.encode()).hexdigest()}.bin"
     if not path.is_file():
+        binary = compile_binary(code, source.file, options)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(_compile(code, source.file, options))
+            file.write(binary)
         os.replace(file.name, path)
     return path
 
 
-def _compile(code: str, file: str, options: tuple[str, ...]) -> bytes:
+def compile_binary(code: str, file: str, options: tuple[str, ...]) -> bytes:
+    """A cubin, or PTX where the options name a portable architecture.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
     import cupy
 
     nvrtc = cupy.cuda.nvrtc

@@ -1,0 +1,57 @@
+"""Every .cu file compiles for every GPU we support, and spills nothing."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from chipmunk_kernels.backends.cupy import FILES, gather
+from chipmunk_kernels.backends.cupy.module import FOLDER, Source
+from tests.cupy_backend.nvrtc import compile_for, usage
+
+pytestmark = pytest.mark.compile_only
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+SOURCES = [
+    source
+    for file in FILES
+    for source in importlib.import_module(f"chipmunk_kernels.backends.cupy.{file}").SOURCES
+]
+
+
+def named(source: Source) -> str:
+    return f"{source.file}-{'-'.join(str(value) for _, value in source.defines)}"
+
+
+def test_every_source_file_is_covered() -> None:
+    assert {path.name for path in FOLDER.glob("*.cu")} == {source.file for source in SOURCES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=named)
+def test_compiles_without_spills(source: Source, architecture: str, tmp_path: Path) -> None:
+    kernels = usage(compile_for(source, architecture), tmp_path)
+    assert kernels
+    for name, used in kernels.items():
+        assert used.stack_bytes == used.local_bytes == 0, f"{name} spills: {used}"
+        assert 0 < used.registers <= 128, f"{name}: {used}"
+
+
+@pytest.mark.parametrize("vector_bytes", [2, 4, 8])
+def test_narrow_vectors_compile(vector_bytes: int, tmp_path: Path) -> None:
+    import torch
+
+    source = gather.source(torch.bfloat16, 193, 2, gather.GatherSettings())
+    if vector_bytes > 2:
+        source = gather.source(torch.bfloat16, 60, vector_bytes, gather.GatherSettings(in_flight=8))
+    kernels = usage(compile_for(source, "sm_90a"), tmp_path)
+    assert set(kernels) == {"gather_rows", "gather_groups", "scatter_assign", "scatter_add"}
+    assert all(used.stack_bytes == 0 for used in kernels.values())
+
+
+def test_portable_ptx_for_a_gpu_that_nvrtc_does_not_know() -> None:
+    ptx = compile_for(gather.SOURCES[0], "compute_90").decode()
+    assert ".target sm_90" in ptx
+    assert "gather_rows" in ptx
