@@ -360,7 +360,8 @@ KERNELS = (
 
 _DEFAULT = SelectSettings()
 _TYPES = {
-    "scores": "*fp32", "always": "*u8", "mask": "*u8", "indices": "*i32", "counts": "*i32", "coverage": "fp32",
+    "scores": "*fp32", "coverage": "fp32", "always": "*u8", "mask": "*u8",
+    **dict.fromkeys(("indices", "counts"), "*i32"),
     **dict.fromkeys(("stride_b", "stride_h", "stride_g", "stride_always"), "i32:16"),
 }  # fmt: skip
 
