@@ -78,7 +78,7 @@ def test_the_default_fits_and_every_value_can_win(operation: str) -> None:
     for field, values in settings.space().items():
         for value in values:
             tried = [
-                settings.from_mapping({field: value, **others}).misfit(flux(operation), 227 * 1024)
+                settings.from_mapping({field: value, **others}).misfit(flux(operation, 256), 227 * 1024)
                 for others in ({}, {"num_warps": 4, "block_m": 64} | {field: value})
             ]
             assert None in tried, f"{field}={value}: {tried}"
@@ -91,7 +91,13 @@ def test_misfit_names_the_reason() -> None:
     assert big.misfit(problem) is None, "nothing known of the device: nothing to hold against it"
     assert "taller" in (SparseAttentionSettings().misfit(flux("sparse_attention", 64)) or "")
     assert "warps" in (SparseAttentionSettings(block_m=64, num_warps=8).misfit(problem) or "")
-    assert "registers" in (SparseAttentionSettings(block_n=128, num_warps=4).misfit(problem) or "")
+    assert "of a thread's 255 registers" in (
+        SparseAttentionSettings(block_n=128, num_warps=4).misfit(problem) or ""
+    )
+    assert "of a thread's 128 registers" in (
+        SparseAttentionSettings(block_n=128, max_registers=128).misfit(problem) or ""
+    )
+    assert SparseAttentionSettings(block_m=256).misfit(flux("sparse_attention", 192)) is None
     assert DenseAttentionSettings().misfit(flux("dense_attention", 1)) is None, "dense has no groups"
 
 

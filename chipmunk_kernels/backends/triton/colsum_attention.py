@@ -54,7 +54,7 @@ class ColsumAttentionSettings(LaunchSettings):
         max_registers: cap on a thread's registers, so that more programs fit a multiprocessor; 0 is no cap.
     """
 
-    block_m: int = choice(128, 64, 128)
+    block_m: int = choice(128, 64, 128, 256)
     block_n: int = choice(64, 32, 64, 128)
     num_warps: int = choice(8, 4, 8)
     num_stages: int = choice(2, 2, 3, 4)
@@ -63,7 +63,7 @@ class ColsumAttentionSettings(LaunchSettings):
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         return attention_misfit(
             problem, problem.group_size, self.block_m, self.block_n, self.num_warps,
-            self.num_stages - 1, shared_memory_bytes,
+            self.max_registers, self.num_stages, shared_memory_bytes,
         )  # fmt: skip
 
 

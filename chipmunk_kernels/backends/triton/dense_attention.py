@@ -43,7 +43,7 @@ class DenseAttentionSettings(LaunchSettings):
         max_registers: cap on a thread's registers, so that more programs fit a multiprocessor; 0 is no cap.
     """
 
-    block_m: int = choice(128, 64, 128)
+    block_m: int = choice(128, 64, 128, 256)
     block_n: int = choice(64, 32, 64, 128)
     num_warps: int = choice(8, 4, 8)
     num_stages: int = choice(2, 2, 3, 4)
@@ -52,7 +52,7 @@ class DenseAttentionSettings(LaunchSettings):
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         return attention_misfit(
             problem, problem.rows, self.block_m, self.block_n, self.num_warps,
-            self.num_stages - 1, shared_memory_bytes,
+            self.max_registers, self.num_stages, shared_memory_bytes,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from chipmunk_kernels.problem import Problem
 LOG2E = 1.4426950408889634
 WIDTHS = (16, 32, 64, 128)
 SMALLEST_TILE = 16  # rows of one tensor-core instruction
+MOST_REGISTERS = 255  # that a thread can have
 _ELSEWHERE = nullcontext()
 
 
@@ -73,26 +74,28 @@ def attention_misfit(
     block_m: int,
     block_n: int,
     num_warps: int,
+    max_registers: int,
     buffers: int,
     shared_memory_bytes: int | None,
 ) -> str | None:
     """Why a tile of attention cannot run, or cannot be worth trying; None if it may be.
 
-    At most `shared_rows` queries share a tile. Shared memory holds the query tile (from sm_90 on), and
-    `buffers` tiles of keys and as many of values.
+    At most `shared_rows` queries share a tile. Shared memory holds `buffers` tiles of keys and as many of
+    values; the query tile besides, but not before sm_90, so it is left out here: what is dropped cannot run.
     """
     if tile_rows(block_m, shared_rows) != block_m:
         return f"block_m {block_m} is taller than the {shared_rows} rows that share a tile"
     if tile_warps(num_warps, block_m) != num_warps:
         return f"{num_warps} warps leave less than 16 of {block_m} rows to a warp"
     item = getattr(torch, problem.dtype).itemsize
-    needed = item * problem.width * (block_m + 2 * buffers * block_n)
+    needed = item * problem.width * 2 * buffers * block_n
     if shared_memory_bytes is not None and needed > shared_memory_bytes:
-        return f"needs about {needed} bytes of shared memory, the device has {shared_memory_bytes}"
-    # Output and logits accumulate in registers; what is left of a thread's 255 goes to addresses and softmax.
+        return f"needs {needed} bytes of shared memory or more, the device has {shared_memory_bytes}"
+    # Output and logits accumulate in registers; addresses and softmax need an eighth of them at the least.
     accumulators = block_m * (problem.width + block_n) // (num_warps * 32)
-    if accumulators > 224:
-        return f"needs {accumulators} accumulator registers a thread"
+    registers = max_registers or MOST_REGISTERS
+    if accumulators > registers * 7 // 8:
+        return f"accumulates in {accumulators} of a thread's {registers} registers"
     return None
 
 

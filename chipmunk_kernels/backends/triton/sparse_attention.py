@@ -45,7 +45,8 @@ class SparseAttentionSettings(LaunchSettings):
     """Tile and launch of the column-sparse attention kernel.
 
     Attributes:
-        block_m: query rows of a program; cut to the group where that is shorter.
+        block_m: query rows of a program; cut to the group where that is shorter. Twice the rows gather half
+            the bytes for each product, so 256 may pay even where a quarter of them is past a 192-row group.
         block_n: columns gathered at a time.
         num_warps: 8 spill on no GPU; 4 were faster on an H200 (128×64, 3 stages: 406 TFLOP/s at N = 118656).
         num_stages: depth of the list → rows → product pipeline.
@@ -54,7 +55,7 @@ class SparseAttentionSettings(LaunchSettings):
             masks (750 instructions a tile instead of 824 on sm_90), but nothing hides the tail's loads.
     """
 
-    block_m: int = choice(128, 64, 128)
+    block_m: int = choice(128, 64, 128, 256)
     block_n: int = choice(64, 32, 64, 128)
     num_warps: int = choice(8, 4, 8)
     num_stages: int = choice(3, 2, 3, 5)
@@ -62,10 +63,10 @@ class SparseAttentionSettings(LaunchSettings):
     peel_tail: bool = choice(True, True, False)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        buffers = max(2, self.num_stages // 2 + 1)  # every other pipeline stage is the column list's
+        buffers = max(2, (self.num_stages + 1) // 2)  # every other stage is the column list's
         return attention_misfit(
             problem, problem.group_size, self.block_m, self.block_n, self.num_warps,
-            buffers, shared_memory_bytes,
+            self.max_registers, buffers, shared_memory_bytes,
         )  # fmt: skip
 
 
