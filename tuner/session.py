@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import optuna
 
@@ -36,6 +37,9 @@ from tuner.workload import LabelledProblem
 
 SEARCH_SHARE = 0.5
 FINALS_SHARE = 0.6  # of what the search leaves
+CANDIDATE_LIMIT_S = 60.0
+"""What one candidate may take to build and verify, and again to be timed. Never a share of the budget: a
+recorded timeout must say something about the candidate, not about how late it came."""
 _log = logging.getLogger(__name__)
 
 
@@ -118,7 +122,7 @@ class Session:
                 continue
             self.on_problem(item.label)
             try:
-                result = self.tune(item, max(left, 1.0) / (len(items) - number))
+                result = self.tune(item, max(left, 0.0) / (len(items) - number))
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, DeviceLost) or not device_alive(str(self._bench.device)):
                     raise
@@ -137,16 +141,21 @@ class Session:
         identity = self.identity(problem)
         key = f"{identity.context} {_sources(space)}"
         earlier = self._store.verdict(key)
-        if earlier is not None and earlier["evidence"]["search"]["stopped_by"] != "time":
+        if earlier is not None and self._is_enough(earlier["evidence"]["search"]):
             return self._result(item, Entry.from_mapping(earlier), reused=True)
         case = make_case(problem, self._bench.device, self._settings.seed)
         dense = self._fastest_baseline(case)
-        progress = self._search(item, space, identity, case, started + SEARCH_SHARE * seconds, seconds, key)
+        progress = self._search(item, space, identity, case, started + SEARCH_SHARE * seconds, key)
         return self._conclude(item, space, case, dense, progress, started + seconds, key)
 
     def forget(self, problem: Problem) -> int:
         """Drop what is recorded of a problem on this device; returns how many trials that were."""
         return self._store.forget(self.identity(problem))
+
+    def _is_enough(self, earlier: dict[str, Any]) -> bool:
+        """Whether an earlier search left nothing to do: all tried, or as many as are asked for now."""
+        wanted, tried = self._settings.trials, sum(earlier["statuses"].values())
+        return earlier["stopped_by"] == "exhausted" or (wanted is not None and tried >= wanted)
 
     def identity(self, problem: Problem) -> Identity:
         """What makes recorded timings of this problem apply to this run."""
@@ -172,7 +181,6 @@ class Session:
         identity: Identity,
         case: Case,
         deadline: float,
-        limit_s: float,
         key: str,
     ) -> Progress:
         problem = item.problem
@@ -188,7 +196,7 @@ class Session:
         study.enqueue([*space.defaults(), *self._transferred(problem, space)])
 
         def evaluate(batch: list[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
-            for candidate, outcome in self._evaluate(batch, identity, case, progress, limit_s):
+            for candidate, outcome in self._evaluate(batch, identity, case, progress):
                 self.on_trial(candidate, outcome)
                 yield candidate, outcome
 
@@ -210,7 +218,7 @@ class Session:
         return [candidate for candidate in found if candidate is not None]
 
     def _evaluate(
-        self, batch: list[Candidate], identity: Identity, case: Case, progress: Progress, limit_s: float
+        self, batch: list[Candidate], identity: Identity, case: Case, progress: Progress
     ) -> Iterator[tuple[Candidate, Outcome]]:
         """Build and verify all of a batch, then time what passed; each outcome is recorded when it is
         known."""
@@ -222,7 +230,7 @@ class Session:
                 self._store.begin(self._own(identity, candidate))
         started = self._clock()
         passed: list[tuple[Candidate, Check]] = []
-        for index, answer in builder.run(tasks, limit_s):
+        for index, answer in builder.run(tasks, CANDIDATE_LIMIT_S):
             rejected = _rejected(answer)
             if rejected is None:
                 assert isinstance(answer, Check)
@@ -232,7 +240,7 @@ class Session:
         for candidate, check in passed:
             if builder.isolated:
                 self._store.begin(self._own(identity, candidate))
-            outcome = self._time(candidate, case, check, progress, limit_s)
+            outcome = self._time(candidate, case, check, progress)
             yield self._record(candidate, identity, outcome, started)
 
     def _record(
@@ -245,12 +253,10 @@ class Session:
             raise DeviceLost(f"{candidate.key}: {outcome.reason}")
         return candidate, outcome
 
-    def _time(
-        self, candidate: Candidate, case: Case, check: Check, progress: Progress, limit_s: float
-    ) -> Outcome:
+    def _time(self, candidate: Candidate, case: Case, check: Check, progress: Progress) -> Outcome:
         work = KernelWork(case, candidate.kernel, candidate.settings)
         try:
-            with wall_limit(limit_s):
+            with wall_limit(CANDIDATE_LIMIT_S):
                 measured = measure(
                     work, self._bench.timer, self._bench.policy, incumbent_ms=progress.best_ms()
                 )

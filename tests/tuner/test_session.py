@@ -1,0 +1,256 @@
+"""A whole tuning session on a fake kernel: what is tried, recorded, skipped, resumed and concluded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from chipmunk_kernels import registry
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.profiles import Entry, Profile
+from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
+from tuner import session as session_module
+from tuner.build import Answer, InlineBuilder, Task
+from tuner.search import open_storage
+from tuner.session import DeviceLost, Result, Session, Settings
+from tuner.space import Candidate, Space
+from tuner.store import Outcome, Store
+from tuner.verify import Check
+from tuner.workload import LabelledProblem
+
+ITEM = LabelledProblem("a problem", PROBLEM)
+# 4 speeds × 6 faults, of which the 6 of speed 6 never fit.
+FITTING, RIGHT = 18, 3
+
+
+class NoteTaker(InlineBuilder):
+    """Builds as usual and notes what was built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[Task] = []
+
+    def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Answer]]:
+        self.tasks += tasks
+        return super().run(tasks, limit_s)
+
+
+class World:
+    """One store on disk, and a session for each run of the command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "trials.db"
+        self.store = Store(self.path)
+        # Optuna's tables cost a quarter of a second a session: for the tests that are about them only.
+        self.persistent = False
+        self.timer, self.builder = FakeTimer(), NoteTaker()
+
+    def session(self, known: Profile | None = None, **settings: object) -> Session:
+        bench = fake_bench(self.timer, self.builder)
+        values = Settings(**{"budget_s": 1000.0, **settings})  # type: ignore[arg-type]
+        storage = open_storage(self.path) if self.persistent else None
+        return Session(bench, self.store, storage, values, known or Profile.empty(), self.timer.clock)
+
+    def run(self, **settings: object) -> Result:
+        self.builder.tasks.clear()
+        return next(iter(self.session(**settings).run((ITEM,))))  # type: ignore[arg-type]
+
+    def tried(self) -> list[str]:
+        return [f"{task.settings['speed']} {task.settings['fault']}" for task in self.builder.tasks]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(registry, "kernels", fake_kernels)
+    return World(tmp_path)
+
+
+def test_the_fastest_right_candidate_wins_and_every_other_is_recorded_with_its_reason(world: World) -> None:
+    result = world.run()
+    assert result.entry is not None
+    assert result.entry.settings == {"speed": 2, "fault": "none"}
+    assert result.counts == {"ok": 3, "wrong": 6, "error": 3, "out_of_resources": 3, "compile_error": 3}
+    session = world.session()
+    records = world.store.records(session.identity(PROBLEM))
+    assert len(records) == FITTING
+    by_fault = {r.identity.settings["fault"]: r.outcome for r in records}
+    assert "error" in by_fault["wrong"].reason and by_fault["wrong"].error is not None
+    assert "launch failed" in by_fault["raise"].reason
+    assert "line 3" in by_fault["compile"].reason
+    assert by_fault["none"].samples_ms
+
+
+def test_the_default_comes_first_and_misfits_and_repeats_never_come(world: World) -> None:
+    world.run()
+    tried = world.tried()
+    assert tried[0] == "8 none"
+    assert len(tried) == len(set(tried)) == FITTING
+    assert not any(name.startswith("6") for name in tried)
+
+
+def test_evidence_says_how_the_numbers_came_about(world: World) -> None:
+    entry = world.run().entry
+    assert entry is not None
+    evidence = entry.evidence
+    assert evidence["verdict"] in ("faster", "tie", "dense is better")
+    assert evidence["time"]["median_ms"] == 2.0 and evidence["time"]["samples"] >= 6
+    assert evidence["dense_baseline"]["name"] == "Tensor.mean"
+    assert evidence["speedup"]["median"] == pytest.approx(evidence["dense_baseline"]["median_ms"] / 2.0)
+    assert evidence["runner_up"]["settings"] == {"speed": 4, "fault": "none"}
+    assert evidence["over_default"]["median"] == pytest.approx(4.0)
+    assert evidence["correctness"]["error"] <= evidence["correctness"]["budget"]
+    assert evidence["timing"]["timer"] == "fake timer"
+    assert evidence["search"]["stopped_by"] == "exhausted"
+    assert {"noise_floor", "ideal", "toolchain", "kernel_source", "date"} <= set(evidence)
+    assert Entry.from_mapping(entry.as_dict()) == entry
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_trials_limit_the_search_and_a_resumed_one_goes_on_where_it_ended(
+    world: World, persistent: bool
+) -> None:
+    world.persistent = persistent
+    world.run(trials=5)
+    first = world.tried()
+    result = world.run(trials=9)
+    second = world.tried()
+    assert (len(first), len(second)) == (5, 4)
+    assert not set(first) & set(second)
+    assert sum(result.counts.values()) == 9
+
+
+def test_a_finished_problem_is_taken_from_the_store(world: World) -> None:
+    first = world.run()
+    again = world.run()
+    assert again.reused and world.tried() == []
+    assert again.entry == first.entry
+
+
+def test_fresh_forgets(world: World) -> None:
+    world.run()
+    world.session().forget(PROBLEM)
+    assert not world.run().reused
+    assert len(world.tried()) == FITTING
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_kill_between_trials_loses_and_repeats_nothing(world: World, persistent: bool) -> None:
+    world.persistent = persistent
+    session = world.session()
+
+    def kill(candidate: Candidate, outcome: Outcome) -> None:
+        if len(world.builder.tasks) == 6:
+            raise KeyboardInterrupt
+
+    session.on_trial = kill
+    with pytest.raises(KeyboardInterrupt):
+        list(session.run((ITEM,)))
+    before = world.tried()
+    result = world.run()
+    assert sorted([*before, *world.tried()]) == sorted(set(before) | set(world.tried()))
+    assert len(before) + len(world.tried()) == FITTING
+    assert sum(result.counts.values()) == FITTING
+
+
+def test_edited_sources_outdate_what_is_recorded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run()
+    monkeypatch.setattr(session_module, "kernel_hash", lambda kernel: "edited")
+    assert not world.run().reused
+    assert len(world.tried()) == FITTING
+
+
+def test_a_known_winner_of_a_like_problem_is_tried_second(world: World) -> None:
+    like = dataclasses.replace(PROBLEM, rows=99)
+    known = Profile(entries=(Entry(like, "torch", {"speed": 2, "fault": "none"}),))
+    list(world.session(known=known, trials=2).run((ITEM,)))
+    assert world.tried() == ["8 none", "2 none"]
+
+
+def test_an_unknown_or_unfitting_winner_is_passed_over(world: World) -> None:
+    strange = ({"speed": 6, "fault": "none"}, {"no": "such"}, {"speed": 3, "fault": "none"})
+    known = Profile(entries=tuple(Entry(PROBLEM, "torch", settings) for settings in strange))
+    list(world.session(known=known, trials=3).run((ITEM,)))
+    assert len(world.tried()) == 3
+
+
+def test_no_right_candidate_is_a_result_with_reasons(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(KERNEL, run=lambda x, size, settings: KERNEL.run(x, size, settings) * 2)
+    monkeypatch.setattr(
+        registry, "kernels", lambda backend: {"group_mean": wrong} if backend == "torch" else {}
+    )
+    result = world.run()
+    assert result.entry is None and "wrong" in result.note
+
+
+def test_a_candidate_that_fails_on_other_inputs_does_not_win(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = session_module.verify
+
+    def picky(kernel: registry.Kernel, settings: FakeSettings, *rest: object) -> Check:
+        if settings.speed == 2:
+            return Check(1.0, 0.5, "small case, means")
+        return verify(kernel, settings, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session_module, "verify", picky)
+    result = world.run()
+    assert result.entry is not None and result.entry.settings["speed"] == 4
+
+
+def test_faster_than_the_roofline_is_invalid_not_a_win(world: World) -> None:
+    session = world.session()
+    bench = fake_bench(world.timer, world.builder)
+    slow = dataclasses.replace(bench.ceilings, bandwidth_gbs=1e-6)  # one byte a microsecond
+    bench.ceilings = slow
+    session = Session(bench, world.store, None, Settings(), Profile.empty(), world.timer.clock)
+    result = next(iter(session.run((ITEM,))))
+    assert result.entry is None and result.counts["invalid"] == RIGHT
+    outcomes = [record.outcome for record in world.store.records(session.identity(PROBLEM))]
+    assert any("beats the roofline" in outcome.reason for outcome in outcomes)
+
+
+def test_the_budget_is_shared_and_what_is_not_reached_says_so(world: World) -> None:
+    items = tuple(
+        LabelledProblem(f"{rows} rows", Problem("group_mean", rows, 8, 8, dtype="float32", group_size=32))
+        for rows in (70, 80, 90)
+    )
+    results = list(world.session(budget_s=0.1).run(items))
+    assert results[0].entry is not None
+    assert results[0].entry.evidence["search"]["stopped_by"] == "time"
+    assert results[-1].entry is None and "budget" in results[-1].note
+
+
+def test_a_search_that_ran_out_of_time_goes_on_next_time(world: World) -> None:
+    world.run(budget_s=0.1)
+    first = world.tried()
+    result = world.run(budget_s=1000.0)
+    assert not result.reused and len(first) + len(world.tried()) == FITTING
+
+
+def test_a_lost_device_ends_the_process_but_not_the_record(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "device_alive", lambda device: False)
+    session = world.session()
+    with pytest.raises(DeviceLost, match="launch failed"):
+        list(session.run((ITEM,)))
+    statuses = [record.outcome.status for record in world.store.records(session.identity(PROBLEM))]
+    assert statuses[-1] == "error"
+
+
+def test_nothing_to_run_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "kernels", lambda backend: {})
+    result = world.run()
+    assert result.entry is None and "no group_mean kernel" in result.note
+
+
+def test_a_space_knows_its_size_and_its_misfits(world: World) -> None:
+    space = Space(PROBLEM, registry.torch.device("cpu"))
+    assert (space.size, len(space.candidates), len(space.defaults())) == (24, FITTING, 1)
+    assert dict(space.misfits) == {"a speed of 6 never fits": 6}
+    assert set(space.refused) == {"triton", "cupy"}
+    assert space.find("torch", {"speed": 6, "fault": "none"}) is None
+    assert space.find("triton", {}) is None
