@@ -39,9 +39,9 @@ Below it the difference of two normalisers in float32 is mostly rounding."""
 
 
 TRUST = 4.0
-"""`lse` form: the cached part may weigh at most so many times its share when it was cached. As the difference of
-two rounded outputs its error is about eps·|O| over that share, so this bounds its error in the result by a few
-roundings; rows whose cached share was a quarter or more are not bounded at all."""
+"""`lse` form: the cached part may weigh at most so many times its share when it was cached. Its error is that
+of a difference of two rounded outputs, about eps·|O| over that share, so this bounds its error in the result
+by a few roundings. Rows whose cached share was a quarter or more are not bounded at all."""
 
 
 @dataclass
@@ -237,7 +237,7 @@ def remainder(
 def merge(rest: Tensor, rest_lse: Tensor, lse: Tensor, fresh: Tensor, fresh_lse: Tensor) -> Tensor:
     """Two partial softmaxes as one, weighed by their normalisers; one of −∞ has no weight.
 
-    `rest` had the share exp(rest_lse − lse) of its row when it was cached, and gets at most `TRUST` times that.
+    `rest` had the share exp(rest_lse − lse) of its row when cached, and gets at most `TRUST` times that.
     """
     share = (rest_lse - lse).exp()
     weight = torch.minimum(torch.sigmoid(rest_lse - fresh_lse), TRUST * share).unsqueeze(-1)

@@ -2,8 +2,9 @@
 
 The sequence is [video, text], and the text is padded. diffusers hides the padding behind a bool mask even
 when there is none, which makes dense attention 1.5× slower on an H200. Only how many text tokens are real
-matters, so the mask becomes a shorter list of keys: one read per generation and guidance branch, then no
-mask at all. Padded rows are still queries, as in the stock model, which keeps every output comparable.
+matters: one read per generation and guidance branch. The padding then takes no part at all, neither as keys nor as
+queries, whose wishes would otherwise count in the column selection of the group they share with video tokens.
+Their outputs are zeros, which nothing that is real ever looks at.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor
@@ -26,7 +28,7 @@ RAGGED = "prompts of different lengths in one batch"
 
 
 class HunyuanDeltaAttnProcessor(HunyuanVideoAttnProcessor2_0):
-    """The stock processor, with keys cut to the real tokens and the delta where attention is computed."""
+    """The stock processor without the padding, and with the delta where attention is computed."""
 
     def __init__(self, layer: AttentionLayer, adapter: HunyuanAdapter) -> None:
         super().__init__()
@@ -49,23 +51,23 @@ class HunyuanDeltaAttnProcessor(HunyuanVideoAttnProcessor2_0):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
-        image, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        image, padding = hidden_states.shape[1], encoder_hidden_states.shape[1] - length
         keep = self.adapter.keep(image, length)
-        reason = self._why_dense(attn, hidden_states, image + text, image + length, keep)
-        q, k, v = _project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        k, v = k[:, : image + length], v[:, : image + length]
+        reason = self._why_dense(attn, hidden_states, image + length, keep)
+        q, k, v = _project(attn, hidden_states, encoder_hidden_states[:, :length], image_rotary_emb)
         if reason is None:
             out = self.layer.attend(q, k, v, keep)
         else:
             self.layer.stays_dense(reason)
             out = dispatch_attention_fn(q, k, v, backend=self._attention_backend)
-        return _project_out(attn, out.flatten(2, 3).to(q.dtype), text)
+        image_out, text_out = _project_out(attn, out.flatten(2, 3).to(q.dtype), image)
+        return image_out, F.pad(text_out, (0, 0, 0, padding))
 
-    def _why_dense(self, attn: Any, x: Tensor, rows: int, keys: int, keep: Ranges) -> str | None:
+    def _why_dense(self, attn: Any, x: Tensor, rows: int, keep: Ranges) -> str | None:
         reason = self.layer.why_dense() or autocasting(x)
         if reason is not None:
             return reason
-        extent = (x.shape[0], attn.heads, rows, keys, attn.inner_dim // attn.heads)
+        extent = (x.shape[0], attn.heads, rows, rows, attn.inner_dim // attn.heads)
         return self.layer.engine.attention_reason(extent, x.dtype, x.device, keep)
 
 
@@ -93,8 +95,8 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _project_out(attn: Any, out: Tensor, text: int) -> tuple[Tensor, Tensor]:
-    image_out, text_out = out[:, :-text], out[:, -text:]
+def _project_out(attn: Any, out: Tensor, image: int) -> tuple[Tensor, Tensor]:
+    image_out, text_out = out[:, :image], out[:, image:]
     if getattr(attn, "to_out", None) is not None:
         image_out = attn.to_out[1](attn.to_out[0](image_out))
     if getattr(attn, "to_add_out", None) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_block_is_contiguous_and_whole_ones_come_first(
     position = torch.stack(torch.unravel_index(block_order(grid, patch).order, grid), 1)
     blocks = [tuple(row) for row in (position // sides).tolist()]
     seen = list(dict.fromkeys(blocks))
-    runs = 1 + sum(one != other for one, other in zip(blocks, blocks[1:], strict=False))
+    runs = 1 + sum(one != other for one, other in itertools.pairwise(blocks))
     assert runs == len(seen)
     whole = [all((b + 1) * s <= n for b, s, n in zip(block, patch[0], grid, strict=True)) for block in seen]
     assert whole == sorted(whole, reverse=True)

@@ -1,0 +1,524 @@
+"""FLUX through its own pipeline: dense where it must be, sparse where it may, clean between generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor
+
+from chipmunk_kernels.delta.policy import AttentionPolicy, Policy
+from chipmunk_kernels.integrations.diffusers import Handle, apply_chipmunk, remove_chipmunk
+from tests.integrations.helpers import (
+    EMPTY,
+    LoraLinear,
+    assert_close,
+    assert_differs,
+    attention_only,
+    mlp_only,
+    policy,
+)
+from tests.integrations.models import flux_latents, flux_pipeline, flux_prompt, flux_transformer
+
+SMALL = (128, 192)
+"""Pixels that make 8 × 12 image tokens."""
+
+
+@pytest.fixture
+def pipe() -> FluxPipeline:
+    return flux_pipeline(flux_transformer())
+
+
+@pytest.fixture(scope="module")
+def dense() -> Tensor:
+    return flux_latents(flux_pipeline(flux_transformer()), size=SMALL)
+
+
+@pytest.fixture
+def applied(pipe: FluxPipeline) -> Iterator[Callable[[Policy], Handle]]:
+    yield lambda plan: apply_chipmunk(pipe, plan, EMPTY)
+    remove_chipmunk(pipe)
+
+
+Apply = Callable[[Policy], Handle]
+
+
+@pytest.mark.parametrize("merge", ["delta", "lse"])
+@pytest.mark.parametrize("patch", [((8, 8), (4, 4)), ((5, 5),), ()])
+def test_everything_kept_is_dense(
+    pipe: FluxPipeline, applied: Apply, dense: Tensor, merge: str, patch: Any
+) -> None:
+    handle = applied(policy(1.0, patch=patch, merge=merge))
+    assert_close(flux_latents(pipe, size=SMALL), dense)
+    report = handle.report()
+    assert report.attention_density == report.mlp_density == 1.0
+    assert report.dense_calls == {}
+    assert report.sparse_calls == 3 * 3 + 3 * 4  # steps 2, 3, 5 of three attentions; 1, 2, 3, 5 of three MLPs
+    assert report.full_calls == 3 * 3 + 3 * 2
+
+
+@pytest.mark.parametrize("merge", ["delta", "lse"])
+def test_sparse_is_near_dense_and_says_what_it_did(
+    pipe: FluxPipeline, applied: Apply, dense: Tensor, merge: str
+) -> None:
+    handle = applied(policy(0.25, merge=merge))
+    sparse = flux_latents(pipe, size=SMALL)
+    assert_differs(sparse, dense)
+    assert float((sparse - dense).abs().mean()) < 0.01 * float(dense.abs().mean())
+    report = handle.report()
+    assert report.steps == ["full", "sparse", "sparse", "sparse", "full", "sparse"]
+    columns = 24 + 96
+    assert report.attention_density == pytest.approx((24 + round(0.25 * columns)) / columns)
+    assert report.mlp_density == pytest.approx(0.25)
+    assert [layer.name for layer in report.layers] == [
+        "transformer_blocks.0.attn",
+        "single_transformer_blocks.0.attn",
+        "single_transformer_blocks.1.attn",
+        "transformer_blocks.0.ff",
+        "single_transformer_blocks.0.proj_mlp",
+        "single_transformer_blocks.1.proj_mlp",
+    ]
+    assert any("6 steps" in note for note in report.notes)
+
+
+def test_cache_bytes(pipe: FluxPipeline, applied: Apply) -> None:
+    """Every tensor that lives between two steps, counted by hand."""
+    handle = applied(policy(0.25))
+    flux_latents(pipe, size=SMALL)
+    rows, text, width, heads, neurons = 120, 24, 256, 2, 1024
+    groups, kept = -(-rows // 32), text + round(0.25 * rows)
+    attention = 4 * (rows * width + heads * rows + heads * groups * (kept + 1))
+    picked = round(0.25 * neurons)
+    mlp = [
+        4 * (m * neurons + m * width + g * neurons + g * (picked + 1)) for m, g in ((96, 3), (rows, groups))
+    ]
+    weights = 4 * neurons * width
+    assert handle.report().cache_bytes == 3 * attention + mlp[0] + 2 * mlp[1] + 3 * weights
+
+
+def test_caches_are_dropped_at_the_end_of_a_generation(pipe: FluxPipeline, applied: Apply) -> None:
+    handle = applied(policy())
+    seen = []
+
+    def look(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(sum(layer.cache_bytes for layer in handle.engine._layers))
+        return kwargs
+
+    flux_latents(pipe, size=SMALL, callback_on_step_end=look)
+    assert max(seen) == handle.report().cache_bytes > 0
+    assert sum(layer.cache_bytes for layer in handle.engine._layers) == 0
+
+
+def fresh(plan: Policy, **how: Any) -> Tensor:
+    """What a process that did nothing else gives."""
+    pipe = flux_pipeline(flux_transformer())
+    apply_chipmunk(pipe, plan, EMPTY)
+    return flux_latents(pipe, **how)
+
+
+def test_two_generations_in_a_row(pipe: FluxPipeline, applied: Apply) -> None:
+    applied(policy(random=0.05))
+    first = flux_latents(pipe, size=SMALL)
+    assert torch.equal(flux_latents(pipe, size=SMALL), first)
+    assert torch.equal(flux_latents(pipe, size=SMALL, seed=5), fresh(policy(random=0.05), size=SMALL, seed=5))
+
+
+@pytest.mark.parametrize("size", [(192, 128), (256, 96), (128, 128)])
+def test_changed_resolution(pipe: FluxPipeline, applied: Apply, size: tuple[int, int]) -> None:
+    """The first two have as many tokens as before in another grid: positions and token order must follow."""
+    applied(policy())
+    flux_latents(pipe, size=SMALL)
+    assert torch.equal(flux_latents(pipe, size=size), fresh(policy(), size=size))
+
+
+def test_two_models_in_one_process(pipe: FluxPipeline, applied: Apply) -> None:
+    """One generates whole pictures in the midst of the other's generation."""
+    applied(policy())
+    other = flux_pipeline(flux_transformer(seed=9))
+    apply_chipmunk(other, policy(0.5), EMPTY)
+    alone = flux_latents(other, size=(128, 128))
+
+    def between(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step in (0, 2):
+            assert torch.equal(flux_latents(other, size=(128, 128)), alone)
+        return kwargs
+
+    together = flux_latents(pipe, size=SMALL, callback_on_step_end=between)
+    assert torch.equal(together, fresh(policy(), size=SMALL))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("whole_pipe", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_interrupted_generation(pipe: FluxPipeline, whole_pipe: bool, inside: bool) -> None:
+    """Stopped between steps or in the middle of a forward: the next generation starts clean."""
+    apply_chipmunk(pipe if whole_pipe else pipe.transformer, policy(), EMPTY)
+    block = pipe.transformer.single_transformer_blocks[0].norm
+    count = []
+
+    def stop(*args: Any) -> Any:
+        count.append(1)
+        if len(count) == 4:
+            raise Stopped
+        return args[-1] if not inside else None
+
+    how: dict[str, Any] = {}
+    if inside:
+        hook = block.register_forward_pre_hook(stop)
+    else:
+        how["callback_on_step_end"] = stop
+    with pytest.raises(Stopped):
+        flux_latents(pipe, size=SMALL, **how)
+    if inside:
+        hook.remove()
+    assert torch.equal(flux_latents(pipe, size=SMALL), fresh(policy(), size=SMALL))
+
+
+def test_remove_restores_everything(pipe: FluxPipeline, dense: Tensor) -> None:
+    transformer = pipe.transformer
+    processors = dict(transformer.attn_processors)
+    keys, modules = list(transformer.state_dict()), [name for name, _ in transformer.named_modules()]
+    apply_chipmunk(pipe, policy(), EMPTY)
+    assert list(transformer.state_dict()) == keys
+    flux_latents(pipe, size=SMALL)
+    remove_chipmunk(pipe)
+    assert all(transformer.attn_processors[name] is stock for name, stock in processors.items())
+    assert [name for name, _ in transformer.named_modules()] == modules
+    assert not any("forward" in module.__dict__ for module in transformer.modules())
+    assert not transformer._forward_hooks and not transformer._forward_pre_hooks
+    assert torch.equal(flux_latents(pipe, size=SMALL), dense)
+    remove_chipmunk(pipe)  # nothing left to remove: no error
+
+
+def test_attention_backend_survives(pipe: FluxPipeline) -> None:
+    attn = pipe.transformer.transformer_blocks[0].attn  # the model's own method would change a global default
+    attn.set_attention_backend("native")
+    apply_chipmunk(pipe, policy(), EMPTY)
+    assert attn.processor._attention_backend == "native"
+    attn.set_attention_backend("_native_math")
+    remove_chipmunk(pipe)
+    assert attn.processor._attention_backend == "_native_math"
+
+
+def denoise(transformer: Any, branches: list[str | None], steps: int = 6) -> dict[int, list[Tensor]]:
+    """A loop as a user writes it: every branch predicts at every step; the first one moves the latents."""
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline as Stock
+
+    ids = Stock._prepare_latent_image_ids(1, 8, 12, "cpu", torch.float32)
+    x = torch.randn(1, 96, 16, generator=torch.Generator().manual_seed(3))
+    outputs: dict[int, list[Tensor]] = {number: [] for number in range(len(branches))}
+    for step in range(steps):
+        for number, name in enumerate(branches):
+            prompt = flux_prompt(seed=number)
+            inputs = {
+                "hidden_states": x,
+                "encoder_hidden_states": prompt["prompt_embeds"],
+                "pooled_projections": prompt["pooled_prompt_embeds"],
+                "timestep": torch.tensor([1 - step / steps]),
+                "guidance": torch.ones(1),
+                "img_ids": ids,
+                "txt_ids": torch.zeros(24, 3),
+                "return_dict": False,
+            }
+            with torch.no_grad():
+                if name is None:
+                    outputs[number].append(transformer(**inputs)[0])
+                else:
+                    with transformer.cache_context(name):
+                        outputs[number].append(transformer(**inputs)[0])
+        x = x - outputs[0][-1] / steps
+    return outputs
+
+
+@pytest.mark.parametrize("names", [["cond", "uncond"], [None, None]])
+def test_guidance_branches_are_kept_apart(names: list[str | None]) -> None:
+    """A branch predicts to the bit what it predicts without the other beside it."""
+    transformer = flux_transformer()
+    handle = apply_chipmunk(transformer, policy(), EMPTY)
+    alone = denoise(transformer, names[:1])[0]
+    handle.reset()
+    both = denoise(transformer, names)
+    assert all(torch.equal(one, other) for one, other in zip(both[0], alone, strict=True))
+    assert handle.report().steps == ["full", "sparse", "sparse", "sparse", "full", "sparse"]
+    assert handle.report().sparse_calls == 2 * (3 * 3 + 3 * 4)
+    remove_chipmunk(transformer)
+    stock = denoise(transformer, names)
+    assert_differs(both[1][-1], stock[1][-1])
+    assert float((both[1][-1] - stock[1][-1]).abs().mean()) < 0.05
+
+
+def test_true_guidance_through_the_pipeline(pipe: FluxPipeline) -> None:
+    negative = flux_prompt(seed=4)
+    how: dict[str, Any] = {
+        "size": SMALL,
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": negative["prompt_embeds"],
+        "negative_pooled_prompt_embeds": negative["pooled_prompt_embeds"],
+    }
+    stock = flux_latents(pipe, **how)
+    handle = apply_chipmunk(pipe, policy(1.0), EMPTY)
+    assert_close(flux_latents(pipe, **how), stock)
+    assert len(handle.report().steps) == 6
+    assert handle.report().sparse_calls == 2 * (3 * 3 + 3 * 4)
+
+
+def test_a_batch(pipe: FluxPipeline, applied: Apply) -> None:
+    how: dict[str, Any] = {"size": SMALL, **flux_prompt(batch=2)}
+    stock = flux_latents(pipe, **how)
+    applied(policy(1.0))
+    assert_close(flux_latents(pipe, **how), stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Everything kept differs from dense by no more than dense differs from float32."""
+    exact = flux_latents(flux_pipeline(flux_transformer()), size=SMALL)
+    pipe = flux_pipeline(flux_transformer(dtype=dtype))
+    stock = flux_latents(pipe, size=SMALL).float()
+    apply_chipmunk(pipe, policy(1.0), EMPTY)
+    sparse = flux_latents(pipe, size=SMALL).float()
+    assert float((sparse - exact).abs().max()) <= 2 * float((stock - exact).abs().max())
+    remove_chipmunk(pipe)
+    handle = apply_chipmunk(pipe, policy(0.25), EMPTY)
+    assert bool(torch.isfinite(flux_latents(pipe, size=SMALL)).all())
+    assert handle.report().dense_calls == {}
+
+
+def test_fused_projections(pipe: FluxPipeline, applied: Apply, dense: Tensor) -> None:
+    pipe.transformer.fuse_qkv_projections()
+    handle = applied(policy(1.0))
+    assert_close(flux_latents(pipe, size=SMALL), dense)
+    assert handle.report().dense_calls == {}
+
+
+def test_dense_layers_are_the_first_of_both_kinds(pipe: FluxPipeline, applied: Apply) -> None:
+    handle = applied(attention_only(dense_layers=2))
+    flux_latents(pipe, size=SMALL)
+    report = handle.report()
+    assert report.dense_calls == {"one of the first 2 layers": 2 * 6}
+    assert [layer.sparse_calls for layer in report.layers] == [0, 0, 3]
+
+
+def test_all_dense_layers_is_the_stock_model(pipe: FluxPipeline, applied: Apply, dense: Tensor) -> None:
+    plan = mlp_only(dense_layers=9, text_stream=True)
+    applied(replace(plan, attention=AttentionPolicy(dense_layers=9), patch=()))
+    assert torch.equal(flux_latents(pipe, size=SMALL), dense)
+
+
+def test_the_text_streams_mlp_is_left_alone_unless_asked_for(pipe: FluxPipeline, applied: Apply) -> None:
+    handle = applied(mlp_only(text_stream=True))
+    flux_latents(pipe, size=SMALL)
+    assert handle.report().dense_calls == {"fewer than 2 row groups": 6}  # 24 text tokens are one group of 32
+    remove_chipmunk(pipe)
+    handle = apply_chipmunk(pipe, mlp_only(text_stream=True), EMPTY)
+    flux_latents(pipe, size=SMALL, **flux_prompt(tokens=40))
+    layers = {layer.name: layer.sparse_calls for layer in handle.report().layers}
+    assert layers["transformer_blocks.0.ff_context"] == 4
+    remove_chipmunk(pipe)
+    handle = apply_chipmunk(pipe, mlp_only(), EMPTY)
+    assert "transformer_blocks.0.ff_context" not in {layer.name for layer in handle.report().layers}
+
+
+def test_the_order_alone_changes_nothing_but_rounding(
+    pipe: FluxPipeline, applied: Apply, dense: Tensor
+) -> None:
+    applied(Policy("order", None, None, ((5, 3), (2, 2))))
+    assert_close(flux_latents(pipe, size=SMALL), dense)
+
+
+def test_controlnet_residuals_follow_the_order() -> None:
+    transformer = flux_transformer()
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(1, 96, 16, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states": flux_prompt()["prompt_embeds"],
+        "pooled_projections": flux_prompt()["pooled_prompt_embeds"],
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.ones(1),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, 8, 12, "cpu", torch.float32),
+        "txt_ids": torch.zeros(24, 3),
+        "controlnet_block_samples": [torch.randn(1, 96, 256)],
+        "controlnet_single_block_samples": [torch.randn(1, 96, 256)],
+    }
+    with torch.no_grad():
+        stock = transformer(**inputs).sample
+        before = dict(inputs)
+        apply_chipmunk(transformer, Policy("order", None, None, ((4, 4),)), EMPTY)
+        output = transformer(**inputs)
+    assert_close(output.sample, stock)
+    assert all(inputs[name] is value for name, value in before.items())
+
+
+def test_ids_without_a_raster_keep_the_models_order() -> None:
+    transformer = flux_transformer()
+    handle = apply_chipmunk(transformer, policy(1.0), EMPTY)
+    ids = torch.zeros(96, 3)
+    ids[48:, 0] = 1  # a reference image beside the picture
+    prompt = flux_prompt()
+    arguments = (torch.randn(1, 96, 16), prompt["prompt_embeds"], prompt["pooled_prompt_embeds"])
+    with torch.no_grad():  # positional arguments, as well
+        transformer(*arguments, torch.tensor([0.5]), ids, torch.zeros(24, 3), torch.ones(1))
+    assert any("no single raster" in note for note in handle.report().notes)
+
+
+def lora_everywhere(pipe: FluxPipeline) -> None:
+    for block in pipe.transformer.transformer_blocks:
+        block.ff.net[0].proj = LoraLinear.around(block.ff.net[0].proj)
+    first, second = pipe.transformer.single_transformer_blocks
+    first.proj_mlp = LoraLinear.around(first.proj_mlp)
+    second.proj_out = LoraLinear.around(second.proj_out)
+
+
+def test_unfused_lora_stays_dense(pipe: FluxPipeline) -> None:
+    """The adapter may come after us, and go again."""
+    handle = apply_chipmunk(pipe, replace(mlp_only(), patch=()), EMPTY)
+    base = [block.ff.net[0].proj for block in pipe.transformer.transformer_blocks]
+    lora_everywhere(pipe)
+    adapted = flux_latents(pipe, size=SMALL)
+    ((reason, calls),) = handle.report().dense_calls.items()
+    assert "LoraLinear" in reason and "LoRA" in reason and calls == 3 * 6
+    assert handle.report().sparse_calls == 0
+    remove_chipmunk(pipe)
+    assert torch.equal(flux_latents(pipe, size=SMALL), adapted)
+    apply_chipmunk(pipe, mlp_only(), EMPTY)
+    for block, linear in zip(pipe.transformer.transformer_blocks, base, strict=True):
+        block.ff.net[0].proj = linear
+    flux_latents(pipe, size=SMALL)
+
+
+def test_lora_on_attention_projections_is_followed(pipe: FluxPipeline) -> None:
+    """Queries, keys and values come out of the modules themselves, adapters included."""
+    for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        block.attn.to_q = LoraLinear.around(block.attn.to_q)
+    stock = flux_latents(pipe, size=SMALL)
+    handle = apply_chipmunk(pipe, attention_only(1.0), EMPTY)
+    assert_close(flux_latents(pipe, size=SMALL), stock)
+    assert handle.report().dense_calls == {}
+
+
+def test_weights_edited_in_place_between_generations(pipe: FluxPipeline, applied: Apply) -> None:
+    """Fusing a LoRA writes into `.data`, which no version counter notices."""
+    applied(mlp_only())
+    flux_latents(pipe, size=SMALL)
+    for block in pipe.transformer.single_transformer_blocks:
+        block.proj_out.weight.data.mul_(0.5)
+    edited = flux_latents(pipe, size=SMALL)
+    other = flux_pipeline(flux_transformer())
+    for block in other.transformer.single_transformer_blocks:
+        block.proj_out.weight.data.mul_(0.5)
+    apply_chipmunk(other, mlp_only(), EMPTY)
+    assert torch.equal(edited, flux_latents(other, size=SMALL))
+
+
+def test_layerwise_casting_stays_dense() -> None:
+    """Weights stored in another dtype, cast by hooks around each module's forward."""
+    stock, ours = (flux_pipeline(flux_transformer()) for _ in range(2))
+    for pipe in (stock, ours):
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    handle = apply_chipmunk(ours, replace(mlp_only(), patch=()), EMPTY)
+    how: dict[str, Any] = {"size": SMALL, **flux_prompt()}
+    assert torch.equal(flux_latents(ours, **how), flux_latents(stock, **how))
+    ((reason, _),) = handle.report().dense_calls.items()
+    assert reason == "weight is float16, the input float32"
+
+
+def test_autocast_and_autograd_stay_dense() -> None:
+    transformer = flux_transformer()
+    handle = apply_chipmunk(transformer, policy(), EMPTY)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 12, "cpu", torch.float32)
+    prompt = flux_prompt()
+    arguments = (torch.randn(1, 96, 16), prompt["prompt_embeds"], prompt["pooled_prompt_embeds"])
+    rest = (torch.tensor([0.5]), ids, torch.zeros(24, 3), torch.ones(1))
+    transformer(*arguments, *rest).sample.mean().backward()
+    assert handle.report().dense_calls == {"autograd is on: call under torch.no_grad()": 6}
+    assert transformer.transformer_blocks[0].ff.net[2].weight.grad is not None
+    handle.reset()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        transformer(*arguments, *rest)
+    assert handle.report().dense_calls == {"autocast is on": 6}
+
+
+def test_mask_context_parallel_and_calls_outside_stay_dense() -> None:
+    transformer = flux_transformer()
+    handle = apply_chipmunk(transformer, attention_only(), EMPTY)
+    attn = transformer.single_transformer_blocks[0].attn
+    x = torch.randn(1, 120, 256)
+    with torch.no_grad():
+        attn(x)
+    assert list(handle.report().dense_calls) == ["called outside the transformer's forward: no step is known"]
+    handle.reset()
+    handle.engine.begin(())
+    with torch.no_grad():
+        attn(x, attention_mask=torch.ones(1, 1, 1, 120, dtype=torch.bool))
+    assert handle.report().dense_calls == {"attention mask": 1}
+    with torch.no_grad():
+        assert attn.processor._why_dense(attn, x, None, None) is None
+        attn.processor._parallel_config = object()
+        assert attn.processor._why_dense(attn, x, None, None) == "context parallel"
+
+
+def test_a_processor_of_ones_own_is_left_alone(pipe: FluxPipeline) -> None:
+    class Mine(FluxAttnProcessor):
+        pass
+
+    mine = Mine()
+    pipe.transformer.single_transformer_blocks[0].attn.set_processor(mine)
+    handle = apply_chipmunk(pipe, attention_only(), EMPTY)
+    assert pipe.transformer.single_transformer_blocks[0].attn.processor is mine
+    later = Mine()
+    pipe.transformer.single_transformer_blocks[1].attn.set_processor(later)
+    flux_latents(pipe, size=SMALL)
+    notes = " | ".join(handle.report().notes)
+    assert "single_transformer_blocks.0.attn: attention processor Mine: left as it is" in notes
+    assert "1 attention processors were replaced after apply_chipmunk" in notes
+    remove_chipmunk(pipe)
+    assert pipe.transformer.single_transformer_blocks[1].attn.processor is later
+    assert type(pipe.transformer.transformer_blocks[0].attn.processor) is FluxAttnProcessor
+
+
+def test_another_cache_that_skips_blocks(pipe: FluxPipeline, dense: Tensor) -> None:
+    """The step count must not drift where FirstBlockCache skips every block but the first."""
+    from diffusers import FirstBlockCacheConfig
+
+    handle = apply_chipmunk(pipe, policy(), EMPTY)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    skipped = flux_latents(pipe, size=SMALL)
+    assert bool(torch.isfinite(skipped).all())
+    report = handle.report()
+    assert len(report.steps) == 6
+    calls = {layer.name: layer.full_calls + layer.sparse_calls for layer in report.layers}
+    assert calls["transformer_blocks.0.attn"] == 6
+    assert calls["single_transformer_blocks.1.attn"] == 1
+    assert torch.equal(flux_latents(pipe, size=SMALL), skipped)
+    pipe.transformer.disable_cache()
+    remove_chipmunk(pipe)
+    assert torch.equal(flux_latents(pipe, size=SMALL), dense)
+
+
+def test_a_cache_enabled_before_stays_outermost(pipe: FluxPipeline) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    handle = apply_chipmunk(pipe, policy(), EMPTY)
+    flux_latents(pipe, size=SMALL)
+    report = handle.report()
+    assert sum("forward already wrapped" in note for note in report.notes) == 2
+    calls = {layer.name: layer.full_calls + layer.sparse_calls for layer in report.layers}
+    assert calls["single_transformer_blocks.1.attn"] == 1
+
+
+def test_removing_beneath_another_cache_leaves_a_dense_model(pipe: FluxPipeline, dense: Tensor) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    apply_chipmunk(pipe, policy(), EMPTY)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))  # computes every block
+    remove_chipmunk(pipe)
+    pipe.transformer.disable_cache()
+    assert torch.equal(flux_latents(pipe, size=SMALL), dense)
