@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,17 @@ class Stage:
 
 
 STAGES = (
-    Stage("128", 0.22, ((Task(128, 512, 4), 1.0),)),
-    Stage("256", 0.36, ((Task(256, 128, 2), 0.6), (Task(256, 128, 1), 0.4))),
-    Stage("512", 0.42, ((Task(512, 32, 1), 0.88), (Task(256, 128, 1), 0.12))),
+    Stage("128", 0.38, ((Task(128, 256, 4), 1.0),)),
+    Stage("256", 0.30, ((Task(256, 96, 2), 1.0),)),
+    Stage("512", 0.32, ((Task(512, 32, 1), 1.0),)),
 )
 """Small pictures teach the captions many times faster. Their position stride makes them span the 64×64 positions of
-a 512-pixel picture, so layouts carry over; stride 1 at 256 pixels keeps that size usable too."""
-TEXT_LENGTHS = ((64, 0.78), (32, 0.08), (128, 0.04), (512, 0.10))
-"""Padded T5 lengths and how often: `max_sequence_length` in the pipeline, 512 by default, 64 recommended."""
+a 512-pixel picture, so layouts carry over."""
+TEXT_LENGTH = 64
+"""Padded T5 length: `max_sequence_length` in the pipeline. One length keeps every shape static for the compiler."""
+FRESH_SHARE, MOST_REUSED = 0.25, 64
+"""Share of batches drawn and encoded anew, and how many recent ones are drawn from again (with new noise and times):
+drawing and encoding 8 million pixels costs a third of a training step."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Recipe:
     last_rate_share: float = 0.01
     warmup_steps: int = 300
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = (0.9, 0.95)
     ema: float = 0.999
     most_steps_per_stage: int = 10**9
 
@@ -88,49 +92,51 @@ class DenoiserTrainer:
         self, parts: Parts, recipe: Recipe, seed: int, autocast: Any, compiled: bool, log: Log
     ) -> None:
         self.parts, self.recipe, self.log, self._autocast = parts, recipe, log, autocast
-        self.denoiser = parts.denoiser.train()
-        self.device = next(self.denoiser.parameters()).device
-        self.ema = Ema(self.denoiser, recipe.ema)
-        self._optimizer = self._make_optimizer()
+        self.master = parts.denoiser.train()
+        self.device = next(self.master.parameters()).device
+        # On a GPU the arithmetic runs on a bfloat16 copy; the optimiser and the average see float32.
+        self.denoiser = copy.deepcopy(self.master).bfloat16() if self.device.type == "cuda" else self.master
+        self.ema = Ema(self.master, recipe.ema)
+        self._optimizers = self._make_optimizers()
         self._captioner = Captioner(parts.clip_tokenizer, parts.t5_tokenizer, self.device)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._dice, self._seed = random.Random(seed), seed
         self._rope: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._streams: dict[int, Iterator[Scenes]] = {}
+        self._recent: dict[Task, list[tuple[Scenes, Tensor]]] = {}
         self.step, self._fallbacks = 0, 0
         if compiled:
             self._compile()
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self.denoiser.parameters() if p.ndim > 1]
-        vectors = [p for p in self.denoiser.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(
-            groups,
-            lr=0.0,
-            betas=self.recipe.betas,
-            weight_decay=self.recipe.weight_decay,
-            fused=self.device.type == "cuda",
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the blocks' matrices, scaled to AdamW's step size; AdamW for the rest."""
+        recipe, fused = self.recipe, self.device.type == "cuda"
+        named = list(self.master.named_parameters())
+        inner = [p for name, p in named if p.ndim == 2 and "transformer_blocks" in name]
+        ids = {id(p) for p in inner}
+        outer = [p for _, p in named if id(p) not in ids]
+        muon = torch.optim.Muon(
+            inner, lr=0.0, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
+        adam = torch.optim.AdamW(outer, lr=0.0, betas=recipe.betas, weight_decay=0.0, fused=fused)
+        return [muon, adam]
 
     def _compile(self) -> None:
         transformer = self.denoiser.transformer
         torch._dynamo.config.cache_size_limit = 64
         for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-            block.compile(dynamic=True)
+            block.compile(dynamic=False)
 
     def _fall_back(self, error: Exception) -> None:
-        """First without cuDNN attention, then without compiled blocks; then there is nothing left to try."""
-        self.log.add("fallback", number=self._fallbacks, reason=repr(error)[:500])
+        """Once, without compiled blocks; then there is nothing left to try."""
+        trace = traceback.format_exc()
+        self.log.add("fallback", number=self._fallbacks, reason=repr(error)[:500], trace=trace[-3000:])
         self._fallbacks += 1
-        torch._dynamo.reset()
-        if self._fallbacks == 1:
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        elif self._fallbacks == 2:
-            for module in self.denoiser.transformer.modules():
-                module._compiled_call_impl = None
-        else:
+        if self._fallbacks > 1:
             raise error
+        torch._dynamo.reset()
+        for module in self.denoiser.transformer.modules():
+            module._compiled_call_impl = None
 
     def _rotary(self, task: Task, text_length: int) -> tuple[Tensor, Tensor]:
         key = (task.side, text_length, task.stride)
@@ -145,35 +151,60 @@ class DenoiserTrainer:
             self._streams[batch] = scene_batches(batch, self._seed + batch, self.device)
         return next(self._streams[batch])
 
-    def loss(self, task: Task, text_length: int) -> Tensor:
-        """Mean squared velocity error on one new batch."""
+    def _clean(self, task: Task) -> tuple[Scenes, Tensor]:
+        """Scenes and their packed latents: a new batch, or one of the recent ones again."""
+        recent = self._recent.setdefault(task, [])
+        if len(recent) >= 8 and self._dice.random() >= FRESH_SHARE:
+            return self._dice.choice(recent)
         scenes = self._scenes(task.batch)
         with self._autocast(), torch.no_grad():
-            clean = flow.pack(encode(self.parts.vae, draw(scenes, task.size)).float())
+            latents = flow.pack(encode(self.parts.vae, draw(scenes, task.size)).float())
+        recent.append((scenes, latents))
+        del recent[:-MOST_REUSED]
+        return scenes, latents
+
+    def loss(self, task: Task) -> Tensor:
+        """Mean squared velocity error on one batch."""
+        scenes, clean = self._clean(task)
         t = flow.random_times(task.batch, clean.shape[1], self._generator)
         noise = torch.randn(clean.shape, generator=self._generator, device=self.device)
         mixed = torch.lerp(clean, noise, t[:, None, None])
-        clip_ids, t5_ids = self._captioner(scenes, text_length)
-        with self._autocast():
-            text = self.denoiser.t5(t5_ids)[0]
-            pooled = self.denoiser.clip(clip_ids).pooler_output
-            guess = flow.velocity(
-                self.denoiser.transformer, mixed, t, text, pooled, self._rotary(task, text_length)
-            )
+        clip_ids, t5_ids = self._captioner(scenes, TEXT_LENGTH)
+        denoiser = self.denoiser
+        text = denoiser.t5(t5_ids)[0]
+        pooled = denoiser.clip(clip_ids).pooler_output
+        rope = self._rotary(task, TEXT_LENGTH)
+        guess = flow.velocity(denoiser.transformer, mixed.to(text.dtype), t, text, pooled, rope)
         return (guess.float() - (noise - clean)).square().mean()
 
-    def train_step(self, task: Task, text_length: int, rate: float) -> Tensor:
+    def train_step(self, task: Task, rate: float) -> Tensor:
         """One optimiser step at learning rate `rate`; returns the loss, still on the device."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        loss = self.loss(task, text_length)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        loss = self.loss(task)
+        self._backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._publish()
         self.ema.update()
         self.step += 1
         return loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, in float32 on the master weights."""
+        self.denoiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.denoiser is not self.master:
+            for mine, theirs in zip(self.master.parameters(), self.denoiser.parameters(), strict=True):
+                mine.grad = None if theirs.grad is None else theirs.grad.float()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy the master weights into the arithmetic's copy."""
+        if self.denoiser is not self.master:
+            torch._foreach_copy_(list(self.denoiser.parameters()), list(self.master.parameters()))
 
     def rate(self, progress: float, steps_in_run: int) -> float:
         """Warm-up by steps, then a cosine over the share of the time used."""
@@ -187,22 +218,23 @@ class DenoiserTrainer:
 
         Weights, average and random streams that matter to training stay as they were.
         """
-        shapes = {(task, length) for stage in stages for task, _ in stage.tasks for length, _ in TEXT_LENGTHS}
-        for task, length in sorted(shapes, key=lambda s: (s[0].size, s[0].stride, s[1])):
-            self._try(task, length)
-        self._optimizer.zero_grad(set_to_none=True)
+        for task in sorted({task for stage in stages for task, _ in stage.tasks}, key=lambda t: t.size):
+            self._try(task)
+        self.denoiser.zero_grad(set_to_none=True)
         self._streams.clear()
+        self._recent.clear()
+        self._dice.seed(self._seed)
         self._generator.manual_seed(self._seed)
 
-    def _try(self, task: Task, length: int) -> None:
+    def _try(self, task: Task) -> None:
         """One forward and backward, with finite gradients, falling back as far as needed."""
         while True:
             try:
-                self._optimizer.zero_grad(set_to_none=True)
-                self.loss(task, length).backward()
+                self.denoiser.zero_grad(set_to_none=True)
+                self.loss(task).backward()
                 grads = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
                 if not torch.stack([grad.isfinite().all() for grad in grads]).all():
-                    raise FloatingPointError(f"gradients are not finite at {task}, text length {length}")
+                    raise FloatingPointError(f"gradients are not finite at {task}")
                 return
             except torch.OutOfMemoryError:
                 raise
@@ -229,9 +261,8 @@ class DenoiserTrainer:
                 clock.elapsed_s() < stage_end and self.step - stage_first < self.recipe.most_steps_per_stage
             ):
                 task = self._dice.choices(tasks, weights)[0]
-                length = self._dice.choices(*zip(*TEXT_LENGTHS, strict=True))[0]
                 rate = self.rate((clock.elapsed_s() - start) / total, self.step - first)
-                recent[task].append(self.train_step(task, length, rate))
+                recent[task].append(self.train_step(task, rate))
                 if self.step % 10 == 0:
                     recent[task][
                         -1

@@ -98,7 +98,7 @@ def random_scenes(number: int, generator: torch.Generator) -> Scenes:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    count = 1 + _choose(torch.tensor([0.3, 0.45, 0.25]), number, generator)
+    count = 1 + _choose(torch.tensor([0.42, 0.53, 0.05]), number, generator)
     shape = torch.randint(len(SHAPES), (number, MOST_THINGS), generator=generator)
     # One permutation gives the things and the background different colours.
     colours = uniform(number, len(COLOURS)).argsort(1)
