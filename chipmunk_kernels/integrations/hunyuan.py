@@ -2,9 +2,9 @@
 
 The sequence is [video, text], and the text is padded. diffusers hides the padding behind a bool mask even
 when there is none, which makes dense attention 1.5× slower on an H200. Only how many text tokens are real
-matters: one read per generation and guidance branch. The padding then takes no part at all, neither as keys nor as
-queries, whose wishes would otherwise count in the column selection of the group they share with video tokens.
-Their outputs are zeros, which nothing that is real ever looks at.
+matters: one read per generation and guidance branch. The padding then takes no part at all, neither as keys
+nor as queries, whose wishes would otherwise count in the column selection of the group they share with video
+tokens. Their outputs are zeros, which nothing that is real ever looks at.
 """
 
 from __future__ import annotations
