@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from chipmunk_kernels.backends.triton import mlp
 from chipmunk_kernels.backends.triton.mlp import SparseMlpSettings, sparse_mlp
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
-from reference import mlp as truth
+from reference.mlp import sparse_mlp as true_mlp
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs, scattered_columns
 from tests.triton_mlp.cases import DEVICE, DTYPES, poisoned_memory
 
@@ -25,7 +26,7 @@ def reference(inputs: MlpInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     def cast(x: Tensor) -> Tensor:
         return x.to(dtype)
 
-    return truth.sparse_mlp(
+    return true_mlp(
         cast(inputs.x), cast(inputs.w1), None if inputs.b1 is None else cast(inputs.b1),
         cast(inputs.w2_by_neuron), inputs.columns.indices, inputs.columns.counts, inputs.columns.group_size,
         cast(inputs.activation_cache), cast(inputs.output_cache),
@@ -67,6 +68,16 @@ def test_matches_the_reference(group_size: int, dtype: torch.dtype) -> None:
 def test_any_program_order(band: int) -> None:
     settings = dataclasses.replace(SMALL, band=band)
     check(mlp_inputs(1, 200, 32, 150, 130, 16, device=DEVICE), settings)
+
+
+def test_a_few_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a video's MLP needs: its packed delta would take gigabytes. Bit for bit as all at once."""
+    inputs = mlp_inputs(2, 193, 40, 90, 48, 32, device=DEVICE)
+    whole = run(inputs)
+    monkeypatch.setattr(mlp, "SCRATCH_BYTES", 3 * 2 * inputs.columns.capacity * 32 * 4)
+    in_parts = run(inputs)
+    assert torch.equal(in_parts[0], whole[0])
+    assert torch.equal(in_parts[1], whole[1])
 
 
 def test_default_settings() -> None:

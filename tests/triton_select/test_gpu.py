@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +52,9 @@ def test_video_rows(k: int, random: int) -> None:
     assert int(ours[0].max()) < VIDEO_COLUMNS
 
 
-@pytest.mark.parametrize(("block", "bits", "warps"), list(itertools.product((1024, 8192), (4, 8), (4, 16))))
+@pytest.mark.parametrize(
+    ("block", "bits", "warps"), [(1024, 4, 4), (1024, 8, 16), (4096, 8, 4), (8192, 4, 8), (16384, 8, 16)]
+)
 def test_every_setting_selects_the_same(block: int, bits: int, warps: int) -> None:
     """Whole-number scores: their sums are exact, so that coverage has one answer too."""
     scores = (mass(1, 2, 5, 5000) * 50).round()

@@ -119,6 +119,8 @@ def test_settings_say_what_does_not_fit() -> None:
     short = Problem("topk_columns", rows=100, columns=1500, width=1)
     assert SelectSettings(block=2048).misfit(short) is None
     assert "1500" in str(SelectSettings(block=4096).misfit(short))
+    long = Problem("topk_columns", rows=100, columns=119056, width=1)
+    assert "4 warps" in str(SelectSettings(block=8192, num_warps=4).misfit(long))
     assert all(
         default in SelectSettings.space()[name] for name, default in SelectSettings().as_dict().items()
     )

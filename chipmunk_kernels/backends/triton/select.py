@@ -2,8 +2,8 @@
 
 A row may hold 119 056 scores (HunyuanVideo), more than registers can, so nothing is sorted. Scores become
 uint32 keys that order as the floats do; a radix search counts keys digit by digit until it knows the exact
-k-th one; a last pass writes the kept columns in ascending order. That reads a row 32 / bits + 1 times. The
-random extras are found by the same search over hash keys.
+k-th one; a last pass writes the kept columns in ascending order. That reads a row up to 32 / bits + 2
+times. The random extras are found by the same search over hash keys.
 
 Everything that decides is an integer, or a float32 sum taken in a fixed order, so repeats are bit-identical.
 """
@@ -30,17 +30,20 @@ class SelectSettings(LaunchSettings):
 
     Attributes:
         block: columns per step.
-        bits: digit of the radix search; 32 / bits passes over the row.
+        bits: digit of the radix search; at most 32 / bits passes over the row.
         num_warps: warps per program.
     """
 
-    block: int = choice(2048, 1024, 2048, 4096, 8192)
+    block: int = choice(2048, 1024, 2048, 4096, 8192, 16384)
     bits: int = choice(8, 4, 8)
     num_warps: int = choice(8, 4, 8, 16)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if self.block > max(1024, triton.next_power_of_2(problem.columns)):
             return f"a block of {self.block} columns is wider than the row of {problem.columns}"
+        if self.block > 1024 * self.num_warps:
+            # 64 columns a thread spilled 5 kB on sm_90 and took a minute to compile.
+            return f"a block of {self.block} columns is more than 32 to a thread of {self.num_warps} warps"
         return None
 
 
@@ -97,9 +100,10 @@ def _search(
     """Key and last index such that `_is_best` holds for exactly the `wanted` best competitors (or all)."""
     bins = tl.arange(0, 2**BITS)
     prefix = tl.full((), 0, tl.uint32)
-    ties = tl.full((), 0, tl.int32)
-    for step in range(32 // BITS):
-        shift = 32 - BITS * (step + 1)
+    ties = tl.full((), 2147483647, tl.int32)
+    shift = tl.full((), 32 - BITS, tl.int32)
+    # Where a whole bucket is wanted, its lower digits do not matter: every key from `prefix` up is taken.
+    while (shift >= 0) & (wanted < ties):
         counts = tl.zeros((2**BITS,), tl.int32)
         for start in range(0, length, BLOCK):
             n = start + tl.arange(0, BLOCK)
@@ -114,7 +118,8 @@ def _search(
         ties = tl.sum(tl.where(bins == digit, counts, 0))
         wanted -= tl.sum(tl.where(bins == digit, at_least - counts, 0))
         prefix = prefix | (digit.to(tl.uint32) << shift)
-    # `wanted` of the `ties` columns that have this very key remain to be taken, the first by index.
+        shift -= BITS
+    # Else `wanted` of the `ties` columns that have this very key remain to be taken, the first by index.
     end = length - 1
     if wanted < ties:
         end = tl.full((), -1, tl.int32)
