@@ -56,6 +56,7 @@ LENGTHS: dict[str, Length] = {
     "0": 0,
     "int32": torch.tensor([64, 0], dtype=torch.int32),
     "int64": torch.tensor([33, 71], dtype=torch.int64),
+    "expanded": torch.tensor([50], dtype=torch.int32).expand(2),
 }
 
 

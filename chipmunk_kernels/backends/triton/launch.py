@@ -64,7 +64,7 @@ def precision(dtype: torch.dtype) -> str:
 def key_limits(key_length: int | Tensor | None, keys: int) -> tuple[int, Tensor | None]:
     """How many of `keys` take part, and the tensor that says less for each batch, if one was given."""
     if isinstance(key_length, Tensor):
-        return keys, key_length
+        return keys, key_length.contiguous()
     return (keys if key_length is None else max(0, min(key_length, keys))), None
 
 
