@@ -75,6 +75,11 @@ class Search:
     _study: optuna.Study | None = None
 
     @property
+    def storage(self) -> str | None:
+        """Where Optuna keeps the study."""
+        return f"sqlite:///{self.folder / 'study.db'}"
+
+    @property
     def finished(self) -> int:
         return len(self.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
@@ -93,7 +98,7 @@ class Search:
                 )
             self._study = optuna.create_study(
                 study_name=f"floor {self.floor:g} dB, {len(self.prompts)} prompts",
-                storage=f"sqlite:///{self.folder / 'study.db'}",
+                storage=self.storage,
                 sampler=sampler,
                 load_if_exists=True,
             )

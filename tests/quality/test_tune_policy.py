@@ -94,6 +94,12 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 @pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No database: every suggestion is a transaction, which costs seconds on a busy disk."""
+    monkeypatch.setattr(Search, "storage", None)
+
+
+@pytest.fixture
 def new_search(model: Model, tmp_path: Path) -> Callable[..., Search]:
     def build(floor: float = 28.0, prompts: tuple[str, ...] = ("easy", "other")) -> Search:
         return Search(
@@ -111,6 +117,7 @@ def new_search(model: Model, tmp_path: Path) -> Callable[..., Search]:
     return build
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_a_trial_ends_at_the_first_prompt_below_the_floor(
     new_search: Callable[..., Search], model: Model
 ) -> None:
@@ -118,6 +125,7 @@ def test_a_trial_ends_at_the_first_prompt_below_the_floor(
     assert [prompt for _, prompt in model.sparse] == ["easy"] * 4
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_a_trial_slower_than_the_best_ends_early(new_search: Callable[..., Search], model: Model) -> None:
     """The first holds the floor; of those after it only one as fast gets a second prompt."""
     search = new_search(floor=20.0)
@@ -130,6 +138,7 @@ def test_a_trial_slower_than_the_best_ends_early(new_search: Callable[..., Searc
     assert any(len(trial.user_attrs["psnr_db"]) == 1 for trial in others)
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_the_search_finds_a_faster_policy_that_holds_the_floor(new_search: Callable[..., Search]) -> None:
     search = new_search()
     search.run(24)
@@ -141,6 +150,7 @@ def test_the_search_finds_a_faster_policy_that_holds_the_floor(new_search: Calla
     assert found.speedup > max(1000 / t.value for t in holding if t.number < 4), "better than where it began"
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_the_check_refuses_what_one_prompt_breaks(new_search: Callable[..., Search], model: Model) -> None:
     """On the hard prompt the error doubles, 6 dB: the fastest above the floor fall below it there."""
     search = new_search()
@@ -169,6 +179,7 @@ def test_a_search_continues_where_it_was_killed(new_search: Callable[..., Search
     assert again.finished == 7
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_pictures_with_nan_never_win(
     new_search: Callable[..., Search], monkeypatch: pytest.MonkeyPatch
 ) -> None:
