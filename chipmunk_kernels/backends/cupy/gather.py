@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +85,19 @@ def vector_bytes(origin: Tensor, target: Tensor, table: Tensor, width: int) -> i
     return math.gcd(WIDEST_LOAD_BYTES, *steps)
 
 
+@functools.cache
+def _kernel(
+    name: str,
+    dtype: torch.dtype,
+    width: int,
+    vector_bytes: int,
+    settings: GatherSettings,
+    device: torch.device,
+) -> Any:
+    """One lookup per call: building a source and finding its kernel would take longer than the launch."""
+    return load(source(dtype, width, vector_bytes, settings), name, device)
+
+
 def _move(
     name: str,
     origin: Tensor,
@@ -93,11 +108,12 @@ def _move(
     settings: GatherSettings,
 ) -> None:
     """Run one of the four kernels; `table` is the one of the two that the column indices point into."""
-    compiled = source(table.dtype, width, vector_bytes(origin, target, table, width), settings)
+    at_once = vector_bytes(origin, target, table, width)
+    kernel = _kernel(name, table.dtype, width, at_once, settings, table.device)
     blocks = columns.counts.numel() * -(-columns.capacity // settings.block_columns)
     indices, counts = columns.indices.contiguous(), columns.counts.contiguous()
     launch(
-        load(compiled, name, table.device), table.device, blocks, settings.threads,
+        kernel, table.device, blocks, settings.threads,
         origin, indices, counts, target,
         columns.heads, columns.groups, columns.capacity, table.shape[3], *table.stride()[:3],
     )  # fmt: skip
