@@ -52,6 +52,12 @@ class Bench:
         work = work_of(problem)
         return work.ideal_ms(self.ceilings.peak_tflops[problem.dtype], self.ceilings.bandwidth_gbs)
 
+    def room_for(self, problem: Problem) -> int:
+        """How many processes can hold this problem at once, in six tenths of the device's memory."""
+        # Inputs and outputs once; float64 copies, masks and what a second density needs make it three times.
+        wanted = 3 * work_of(problem).bytes + (1 << 30)
+        return max(1, int(0.6 * self.hardware.memory_gib * 2**30 / wanted))
+
 
 def open_bench(device: torch.device, dtypes: Iterable[str], store: Store) -> Bench:
     """Detect the device, measure its ceilings unless they are recorded, and check that its timer is

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET_S = {"cpu": 120.0, "cuda": 300.0}
 DEFAULT_SUITE = {"cpu": "laptop", "cuda": "flux-dev"}
+FINALISTS = {"cpu": 2, "cuda": 4}
 RESTARTS = "CHIPMUNK_TUNE_RESTARTS"
 MAX_RESTARTS = 5
 
@@ -134,6 +136,8 @@ class _Run:
         _say(f"{hardware.name}: {len(items)} problems of workload {workload.name}, profile {path}")
         self._bench = open_bench(device, (item.problem.dtype for item in items), self._store)
         self._results: list[Result] = []
+        self._budget_s = args.budget or DEFAULT_BUDGET_S[device.type]
+        self._started = time.monotonic()
 
     def go(self) -> int:
         """Tune every problem, write each result at once, show all of them."""
@@ -174,14 +178,16 @@ class _Run:
         from tuner.search import open_storage
         from tuner.session import Session, Settings
 
-        budget = self._args.budget or DEFAULT_BUDGET_S[self._bench.device.type]
-        settings = Settings(self._args.seed, self._args.trials, budget)
+        finalists = FINALISTS[self._bench.device.type]
+        settings = Settings(self._args.seed, self._args.trials, self._budget_s, finalists)
         known = Profile.empty() if self._args.fresh else find(self._bench.device)
         return Session(self._bench, self._store, open_storage(self._storage), settings, known)
 
     def _show(self) -> None:
         from tuner.report import as_json, table
 
+        order = {item: number for number, item in enumerate(self._items)}
+        self._results.sort(key=lambda result: order[result.item])
         if self._args.json:
             document = {
                 "device": self._bench.hardware.as_dict(),
@@ -204,6 +210,8 @@ class _Run:
         os.environ[RESTARTS] = str(done + 1)
         # `--fresh` must not forget what this run has found.
         again = [argument for argument in self._arguments if argument != "--fresh"]
+        left = max(1.0, self._budget_s - (time.monotonic() - self._started))
+        again += ["--budget", f"{left:.0f}"]
         os.execv(sys.executable, [sys.executable, "-m", "tuner.cli", *again])
 
 

@@ -51,7 +51,12 @@ class Finals:
 
 
 def run_finals(
-    case: Case, finalists: list[Candidate], dense: Baseline, timer: Timer, max_seconds: float
+    case: Case,
+    finalists: list[Candidate],
+    dense: Baseline,
+    timer: Timer,
+    max_seconds: float,
+    warm_up_s: float = 0.0,
 ) -> Finals:
     """Time the finalists (leader first, the default among them if it runs), the leader again, and dense."""
     works: dict[str, Work] = {DENSE: dense}
@@ -59,7 +64,7 @@ def run_finals(
         candidate.key: KernelWork(case, candidate.kernel, candidate.settings) for candidate in finalists
     }
     works[AGAIN] = KernelWork(case, finalists[0].kernel, finalists[0].settings)
-    samples, stopped_by = interleave(works, timer, max_seconds=max_seconds)
+    samples, stopped_by = interleave(works, timer, max_seconds=max_seconds, warm_up_s=warm_up_s)
     defaults = [candidate.key for candidate in finalists if candidate.is_default]
     return judge(samples, finalists[0].key, defaults, stopped_by)
 

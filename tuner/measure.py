@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -102,7 +102,7 @@ def measure(
 ) -> Measurement:
     """Warm up, then sample until a rule of the policy fires; the rule is recorded."""
     started = clock()
-    _warm_up(work, timer, policy.warm_up_s, clock)
+    _warm_up([work], timer, policy.warm_up_s, clock)
     samples: list[float] = []
     stopped_by = None
     while stopped_by is None:
@@ -111,13 +111,15 @@ def measure(
     return Measurement(tuple(samples), stopped_by, timer.name)
 
 
-def _warm_up(work: Work, timer: Timer, seconds: float, clock: Clock) -> None:
-    """At least one call, then on until the time is up."""
-    started = clock()
-    while True:
+def _warm_up(works: Iterable[Work], timer: Timer, seconds: float, clock: Clock) -> None:
+    """Once each, which may compile and does not count; then on in turn until the time is up."""
+    works = list(works)
+    for work in works:
         timer.sample(work)
-        if clock() - started >= seconds:
-            return
+    started = clock()
+    while clock() - started < seconds:
+        for work in works:
+            timer.sample(work)
 
 
 def _stop(samples: list[float], policy: TimingPolicy, incumbent_ms: float, elapsed_s: float) -> str | None:
@@ -141,6 +143,7 @@ def interleave(
     max_rounds: int = 25,
     max_seconds: float = 10.0,
     target_width: float = 0.02,
+    warm_up_s: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, list[float]], str]:
     """Samples of all works, one each a round, and the rule that ended it: `interval`, `samples` or `time`.
@@ -151,9 +154,8 @@ def interleave(
     """
     names = list(works)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    _warm_up(works.values(), timer, warm_up_s, clock)
     started = clock()
-    for work in works.values():
-        timer.sample(work)
     for completed in range(1, max_rounds + 1):
         for name in _order(names, completed - 1):
             samples[name].append(timer.sample(works[name]))

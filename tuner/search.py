@@ -89,13 +89,13 @@ class Study:
         self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(known), n_startup_trials=8)
         self._told = {_key_of(space, trial) for trial in known if trial.state.is_finished()}
         self._queue: list[Candidate] = []
-        self._open: dict[str, optuna.Trial] = {}
+        self._open: dict[str, optuna.Trial | None] = {}
 
     def learn(self, outcomes: dict[str, Outcome]) -> None:
         """Add recorded outcomes that the study has not heard of, as after a kill between the two writes."""
         for key, outcome in outcomes.items():
             candidate = self._space.candidates.get(key)
-            if candidate is None or key in self._told:
+            if candidate is None or key in self._told or candidate.kernel not in self._space.searched:
                 continue
             state, value = _result(outcome)
             self._study.add_trial(
@@ -135,11 +135,16 @@ class Study:
     def tell(self, candidate: Candidate, outcome: Outcome) -> None:
         """Report what became of a proposed candidate."""
         trial = self._open.pop(candidate.key)
+        if trial is None:
+            return
         state, value = _result(outcome)
         self._study.tell(trial, value, state=state)
         self._told.add(candidate.key)
 
     def _ask_for(self, candidate: Candidate) -> Candidate:
+        if candidate.kernel not in self._space.searched:
+            self._open[candidate.key] = None
+            return candidate
         self._study.enqueue_trial(candidate.parameters())
         trial = self._study.ask()
         with warnings.catch_warnings():

@@ -35,8 +35,10 @@ from tuner.store import Identity, Outcome, Store
 from tuner.verify import Check, verify
 from tuner.workload import LabelledProblem
 
-SEARCH_SHARE = 0.5
-FINALS_SHARE = 0.6  # of what the search leaves
+SEARCH_SHARE = {"cpu": 0.5, "cuda": 0.75}
+"""Of a problem's time. Where kernels are compiled the search is what takes long."""
+FINALS_SHARE = 0.6
+"""Of what the search leaves."""
 CANDIDATE_LIMIT_S = 60.0
 """What one candidate may take to build and verify, and again to be timed. Never a share of the budget: a
 recorded timeout must say something about the candidate, not about how late it came."""
@@ -113,9 +115,11 @@ class Session:
         self.on_trial: Callable[[Candidate, Outcome], None] = lambda candidate, outcome: None
 
     def run(self, items: tuple[LabelledProblem, ...]) -> Iterator[Result]:
-        """Tune each problem; a result is yielded as soon as there is one."""
+        """Tune each problem, the small ones first; a result is yielded as soon as there is one."""
         deadline = self._clock() + self._settings.budget_s
-        for number, item in enumerate(items):
+        # Small problems need less than their share: what they leave is worth most to the large ones.
+        ordered = sorted(items, key=lambda item: self._bench.ideal_ms(item.problem))
+        for number, item in enumerate(ordered):
             left = deadline - self._clock()
             if left <= 0 and number:
                 yield Result(item, note=f"not reached within the budget of {self._settings.budget_s:.0f} s")
@@ -145,7 +149,8 @@ class Session:
             return self._result(item, Entry.from_mapping(earlier), reused=True)
         case = make_case(problem, self._bench.device, self._settings.seed)
         dense = self._fastest_baseline(case)
-        progress = self._search(item, space, identity, case, started + SEARCH_SHARE * seconds, key)
+        share = SEARCH_SHARE[self._bench.hardware.kind]
+        progress = self._search(item, space, identity, case, started + share * seconds, key)
         return self._conclude(item, space, case, dense, progress, started + seconds, key)
 
     def forget(self, problem: Problem) -> int:
@@ -204,7 +209,7 @@ class Session:
             study,
             evaluate,
             progress,
-            width=self._bench.builder.width,
+            width=min(self._bench.builder.width, self._bench.room_for(problem)),
             trials=self._settings.trials,
             deadline=deadline,
             clock=self._clock,
@@ -296,7 +301,9 @@ class Session:
             )
         left = max(deadline - self._clock(), 1.0)
         clock_before = sm_clock(self._bench.timer)
-        finals = run_finals(case, finalists, dense, self._bench.timer, FINALS_SHARE * left)
+        finals = run_finals(
+            case, finalists, dense, self._bench.timer, FINALS_SHARE * left, self._bench.policy.warm_up_s
+        )
         winner = space.candidates[finals.winner]
         clocks = [clock_before, sm_clock(self._bench.timer)]
         crossover = self._crossover(winner, case.problem, finals)

@@ -56,7 +56,7 @@ class Space:
     def __init__(
         self, problem: Problem, device: torch.device, shared_memory_bytes: int | None = None
     ) -> None:
-        self._problem, self._shared_memory = problem, shared_memory_bytes
+        self._problem, self._device, self._shared_memory = problem, device, shared_memory_bytes
         self.refused: dict[str, str] = {}
         self.misfits: Counter[str] = Counter()
         self.kernels: list[Kernel] = []
@@ -69,15 +69,22 @@ class Space:
 
     @property
     def size(self) -> int:
-        """How many settings are declared, fitting or not."""
-        return sum(math.prod(map(len, kernel.settings.space().values())) for kernel in self.kernels)
+        """How many settings are declared by the kernels that are searched, fitting or not."""
+        return sum(math.prod(map(len, kernel.settings.space().values())) for kernel in self.searched)
+
+    @property
+    def searched(self) -> list[Kernel]:
+        """Kernels whose settings are searched. On a GPU the torch backend is the fallback that runs anywhere:
+        it takes part with its defaults, and not one trial more as long as there is another."""
+        others = [kernel for kernel in self.kernels if kernel.backend != "torch"]
+        return others if others and self._device.type == "cuda" else self.kernels
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
         """Key → candidate, for all that fit: defaults first, in the order of the backends, newest hardware
         path last as declared."""
         every = [Candidate(kernel, kernel.settings()) for kernel in self.kernels]
-        for kernel in self.kernels:
+        for kernel in self.searched:
             every += [Candidate(kernel, settings) for settings in _all_settings(kernel)]
         found: dict[str, Candidate] = {}
         for candidate in every:
@@ -104,8 +111,8 @@ class Space:
 
     def suggest(self, trial: optuna.Trial) -> Candidate | None:
         """What an Optuna trial proposes; None if it does not fit."""
-        names = [kernel.backend for kernel in self.kernels]
-        kernel = self.kernels[names.index(trial.suggest_categorical("backend", names))]
+        names = [kernel.backend for kernel in self.searched]
+        kernel = self.searched[names.index(trial.suggest_categorical("backend", names))]
         values = {
             name: trial.suggest_categorical(f"{kernel.backend}.{name}", choices)
             for name, choices in kernel.settings.space().items()
@@ -121,7 +128,7 @@ class Space:
             f"{backend}.{name}": CategoricalDistribution(choices)
             for name, choices in candidate.kernel.settings.space().items()
         }
-        return {"backend": CategoricalDistribution([kernel.backend for kernel in self.kernels]), **own}
+        return {"backend": CategoricalDistribution([kernel.backend for kernel in self.searched]), **own}
 
 
 def unavailable_reason(backend: str, device: torch.device) -> str | None:

@@ -85,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"chipmunk-run: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was anything to keep
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:

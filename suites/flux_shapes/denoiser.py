@@ -97,7 +97,7 @@ class DenoiserTrainer:
         # On a GPU the arithmetic runs on a bfloat16 copy; the optimiser and the average see float32.
         self.denoiser = copy.deepcopy(self.master).bfloat16() if self.device.type == "cuda" else self.master
         self.ema = Ema(self.master, recipe.ema)
-        self._optimizers = self._make_optimizers()
+        self._optimizer = self._make_optimizer()
         self._captioner = Captioner(parts.clip_tokenizer, parts.t5_tokenizer, self.device)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._dice, self._seed = random.Random(seed), seed
@@ -108,18 +108,16 @@ class DenoiserTrainer:
         if compiled:
             self._compile()
 
-    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the blocks' matrices, scaled to AdamW's step size; AdamW for the rest."""
-        recipe, fused = self.recipe, self.device.type == "cuda"
-        named = list(self.master.named_parameters())
-        inner = [p for name, p in named if p.ndim == 2 and "transformer_blocks" in name]
-        ids = {id(p) for p in inner}
-        outer = [p for _, p in named if id(p) not in ids]
-        muon = torch.optim.Muon(
-            inner, lr=0.0, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        matrices = [p for p in self.master.parameters() if p.ndim > 1]
+        vectors = [p for p in self.master.parameters() if p.ndim <= 1]
+        return torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=self.recipe.betas,
+            weight_decay=self.recipe.weight_decay,
+            fused=self.device.type == "cuda",
         )
-        adam = torch.optim.AdamW(outer, lr=0.0, betas=recipe.betas, weight_decay=0.0, fused=fused)
-        return [muon, adam]
 
     def _compile(self) -> None:
         transformer = self.denoiser.transformer
@@ -179,14 +177,12 @@ class DenoiserTrainer:
 
     def train_step(self, task: Task, rate: float) -> Tensor:
         """One optimiser step at learning rate `rate`; returns the loss, still on the device."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         loss = self.loss(task)
         self._backward(loss)
         torch.nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
-        for optimizer in self._optimizers:
-            optimizer.step()
+        self._optimizer.step()
         self._publish()
         self.ema.update()
         self.step += 1

@@ -19,7 +19,7 @@ import functools  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -43,13 +43,13 @@ class Plan:
     vae_size: int = 256
     vae_batch: int = 32
     vae_most_steps: int = 10**9
-    closing_seconds: float = 40.0
+    closing_seconds: float = 25.0
     save_every_s: float = 90.0
     grid_prompts: int = 8
     scored_prompts: int = 48
     sample_steps: int = 28
     resume: Path | None = None
-    evaluate_sizes: tuple[int, ...] = field(default=(512, 256))
+    evaluate_sizes: tuple[int, ...] = (512,)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"tune_policy: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was anything to keep
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ import torch
 
 from chipmunk_kernels import profiles
 from tuner import profile_writer
-from tuner.cli import main
+from tuner.cli import MAX_RESTARTS, RESTARTS, main
+from tuner.session import DeviceLost
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = """
@@ -203,3 +204,31 @@ def test_a_killed_search_resumes_without_losing_or_repeating_a_trial(
     assert sum(problem["candidates"].values()) == len(after) > len(before)
     assert all(attempts == 1 for _, _, attempts in (after[key] for key in before))
     assert profiles.load(folder / f"{name}.yaml").entries
+
+
+def test_a_lost_device_goes_on_in_a_new_process_without_forgetting(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def lose(session: object, items: object) -> None:
+        raise DeviceLost("triton {}: an illegal memory access")
+
+    def replace_process(path: str, arguments: list[str]) -> None:
+        commands.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("tuner.session.Session.run", lose)
+    monkeypatch.setattr(os, "execv", replace_process)
+    monkeypatch.delenv(RESTARTS, raising=False)
+    arguments = tune("--fresh", suite=suite, folder=tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    (command_line,) = commands
+    assert command_line[1:3] == ["-m", "tuner.cli"] and "--fresh" not in command_line
+    assert float(command_line[-1]) <= 4.0 and command_line[-2] == "--budget"
+    assert os.environ[RESTARTS] == "1"
+
+    monkeypatch.setenv(RESTARTS, str(MAX_RESTARTS))
+    assert main(arguments) == 3
+    assert "given up" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from chipmunk_kernels.profiles import Entry, Profile
 from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
 from tuner import session as session_module
 from tuner.build import Answer, InlineBuilder, Task
-from tuner.search import open_storage
+from tuner.search import Study, open_storage
 from tuner.session import DeviceLost, Result, Session, Settings
 from tuner.space import Candidate, Space
 from tuner.store import Outcome, Store
@@ -254,3 +254,34 @@ def test_a_space_knows_its_size_and_its_misfits(world: World) -> None:
     assert set(space.refused) == {"triton", "cupy"}
     assert space.find("torch", {"speed": 6, "fault": "none"}) is None
     assert space.find("triton", {}) is None
+
+
+def test_on_a_gpu_torch_takes_part_with_its_defaults_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = registry.torch.device("cuda")
+    triton = dataclasses.replace(KERNEL, backend="triton")
+    both = {"torch": {"group_mean": KERNEL}, "triton": {"group_mean": triton}, "cupy": {}}
+    monkeypatch.setattr(registry, "kernels", lambda backend: both[backend])
+    monkeypatch.setattr(registry, "unavailable", lambda backend, device: None)
+    space = Space(PROBLEM, cuda)
+    keys = [candidate.kernel.backend for candidate in space.candidates.values()]
+    assert keys.count("torch") == 1 and keys.count("triton") == FITTING
+    assert [candidate.kernel.backend for candidate in space.defaults()] == ["torch", "triton"]
+
+    study = Study(space, "both", None, seed=0)
+    study.enqueue(space.defaults())
+    proposed: list[Candidate] = []
+    while (candidate := study.propose({c.key for c in proposed})) is not None:
+        study.tell(candidate, Outcome("ok", median_ms=1.0))
+        proposed.append(candidate)
+    assert len(proposed) == len({c.key for c in proposed}) == FITTING + 1
+
+
+def test_large_problems_get_fewer_workers(world: World) -> None:
+    bench = fake_bench(world.timer)
+    bench.hardware = dataclasses.replace(bench.hardware, memory_gib=141.0)
+    small = Problem("sparse_attention", rows=4352, columns=4352, width=128, heads=24, density=0.165)
+    large = Problem("colsum_attention", rows=119056, columns=119056, width=128, heads=24, group_size=192)
+    assert bench.room_for(small) > 12
+    assert 1 <= bench.room_for(large) <= 4

@@ -14,7 +14,7 @@ from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from tuner.problem import MUTATED, make_case, scattered_columns
-from tuner.verify import Check, poisoned_memory, verify
+from tuner.verify import Check, PoisonedMemory, verify
 
 CPU = torch.device("cpu")
 PROBLEMS = [
@@ -133,11 +133,16 @@ def test_a_wrong_kernel_does_not_pass(operation: str, spoil: Callable[..., Any])
     assert check.explain()
 
 
-def test_uninitialised_memory_shows_and_the_switch_is_put_back() -> None:
-    with poisoned_memory():
-        assert torch.empty(100).isnan().all()
+def test_uninitialised_memory_shows_while_it_is_asked_for() -> None:
+    like = torch.zeros(100)
+    with PoisonedMemory():
+        for made in (torch.empty(100), torch.empty_like(like), like.new_empty(100)):
+            assert made.isnan().all()
         assert (torch.empty(100, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.empty(3, dtype=torch.bool).all()
+        assert (torch.zeros(100) == 0).all()
+    kept = torch.empty(100).fill_(1.0)
+    assert not kept.isnan().any()
 
 
 def test_a_check_names_both_numbers() -> None:
