@@ -220,7 +220,7 @@ def test_a_lost_device_goes_on_in_a_new_process_without_forgetting(
 
     monkeypatch.setattr("tuner.session.Session.run", lose)
     monkeypatch.setattr(os, "execv", replace_process)
-    monkeypatch.delenv(RESTARTS, raising=False)
+    monkeypatch.setenv(RESTARTS, "0")
     arguments = tune("--fresh", suite=suite, folder=tmp_path)
     with pytest.raises(SystemExit):
         main(arguments)
