@@ -120,7 +120,7 @@ def _unsteady(rows: Sequence[dict[str, Any]]) -> list[str]:
     }
     warnings = []
     for name, times in groups.items():
-        # The 90th percentile: a lone slow step is no sign, and of sparse steps the first may leave attention full.
+        # A lone slow step is no sign; the first sparse step may still have full attention.
         low, high = min(times, default=0.0), sorted(times)[len(times) * 9 // 10] if times else 0.0
         if len(times) > 2 and high > UNSTEADY * low:
             warnings.append(
