@@ -1,4 +1,8 @@
-"""A layer of the model: one delta per guidance branch, and what the layer did in this generation."""
+"""A layer of the model: one delta per guidance branch, and what the layer did in this generation.
+
+`torch.compile` breaks its graph around a delta: the step number would be compiled in as a constant, and
+every step compiled anew.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ class Layer(Generic[Delta]):
         self._always_dense = f"one of the first {dense_layers} layers" if number < dense_layers else None
         self._deltas: dict[Hashable, Delta] = {}
 
+    @torch.compiler.disable
     def why_dense(self) -> str | None:
         """A reason that needs no look at the call itself: policy, no step known, autograd."""
         if self._always_dense is not None:
@@ -50,6 +55,7 @@ class Layer(Generic[Delta]):
             return OUTSIDE
         return AUTOGRAD if torch.is_grad_enabled() else None
 
+    @torch.compiler.disable
     def stays_dense(self, reason: str) -> None:
         """Count a call that stays dense."""
         self.usage.dense[reason] += 1
@@ -78,6 +84,7 @@ class AttentionLayer(Layer[AttentionDelta]):
 
     kind = "attention"
 
+    @torch.compiler.disable
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Ranges) -> Tensor:
         """Attention of this step: q, k, v and the output are `(B, N, H, D)`, as projections give them."""
         q, k, v = q.to(v.dtype).transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
@@ -99,6 +106,7 @@ class MlpLayer(Layer[MlpDelta]):
     kind = "mlp"
     _by_neuron: Tensor | None = None
 
+    @torch.compiler.disable
     def run(
         self,
         x: Tensor,

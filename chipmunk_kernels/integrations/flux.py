@@ -54,6 +54,7 @@ class FluxDeltaAttnProcessor(FluxAttnProcessor):
         image = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
         return image, attn.to_add_out(out[:, :text].contiguous())
 
+    @torch.compiler.disable
     def _why_dense(
         self, attn: Any, image: Tensor, text: Tensor | None, attention_mask: Tensor | None
     ) -> str | None:
@@ -105,6 +106,7 @@ def sparse_feed_forward(module: Any, layer: MlpLayer) -> Callable[..., Tensor]:
     return forward
 
 
+@torch.compiler.disable
 def _why_feed_forward_dense(module: Any, layer: MlpLayer, x: Tensor) -> str | None:
     net = module.net
     if len(net) != 3 or type(net[0]) is not GELU or net[0].approximate != "tanh":
@@ -157,6 +159,7 @@ def sparse_single_block(block: Any, layer: MlpLayer) -> Callable[..., Any]:
     return forward
 
 
+@torch.compiler.disable
 def _why_single_block_dense(block: Any, layer: MlpLayer, x: Tensor, rows: int) -> str | None:
     if type(block.act_mlp) is not nn.GELU or block.act_mlp.approximate != "tanh":
         return "no linear, tanh GELU, linear"

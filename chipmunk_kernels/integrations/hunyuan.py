@@ -35,6 +35,7 @@ class HunyuanDeltaAttnProcessor(HunyuanVideoAttnProcessor2_0):
         self.layer = layer
         self.adapter = adapter
 
+    @torch.compiler.disable
     def __call__(
         self,
         attn: Any,

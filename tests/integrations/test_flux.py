@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from diffusers import FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
@@ -522,3 +523,21 @@ def test_removing_beneath_another_cache_leaves_a_dense_model(pipe: FluxPipeline,
     remove_chipmunk(pipe)
     pipe.transformer.disable_cache()
     assert torch.equal(flux_latents(pipe, size=SMALL), dense)
+
+
+def test_compiled_blocks(pipe: FluxPipeline, applied: Apply, dense: Tensor) -> None:
+    """The graph breaks around each delta, and no step number is compiled in."""
+    handle = applied(policy(1.0))
+    counters = torch._dynamo.utils.counters
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    try:
+        assert_close(flux_latents(pipe, size=SMALL), dense)
+        frames = counters["stats"]["unique_graphs"]
+        assert_close(
+            flux_latents(pipe, size=SMALL, steps=8),
+            flux_latents(flux_pipeline(flux_transformer()), size=SMALL, steps=8),
+        )
+        assert counters["stats"]["unique_graphs"] == frames
+        assert handle.report().sparse_calls == 3 * 5 + 3 * 6
+    finally:
+        torch._dynamo.reset()
