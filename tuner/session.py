@@ -190,10 +190,10 @@ class Session:
     ) -> Progress:
         problem = item.problem
         progress = Progress()
-        for candidate in space.candidates.values():
-            outcome = self._store.finished(self._own(identity, candidate))
-            if outcome is not None:
-                progress.outcomes[candidate.key] = outcome
+        for record in self._store.records(identity):
+            candidate = space.find(record.identity.backend, record.identity.settings)
+            if candidate is not None and record.identity == self._own(identity, candidate):
+                progress.outcomes[candidate.key] = record.outcome
         miss = None if progress.outcomes else self._store.explain(identity)
         if miss:
             _log.warning("%s: recorded trials do not apply: %s", item.label, miss)

@@ -158,31 +158,28 @@ class Store:
             (identity.digest, identity.context, identity.problem["operation"], fields, _now()),
         )
 
-    def finished(self, identity: Identity) -> Outcome | None:
-        """The recorded outcome of exactly this trial, or None if it has to be run.
-
-        One that was in flight in `MAX_ATTEMPTS` processes that died is taken for crashed.
-        """
-        row = self._db.execute(
-            "SELECT status, outcome, attempts FROM outcomes WHERE identity = ?", (identity.digest,)
-        ).fetchone()
-        if row is None:
-            return None
-        if row[0] is not None:
-            return _outcome(row[1])
-        if row[2] < MAX_ATTEMPTS:
-            return None
-        crashed = Outcome("crashed", f"the process died {row[2]} times while this candidate ran")
-        self.finish(identity, crashed)
-        return crashed
-
     def records(self, search: Identity) -> list[Record]:
-        """Every finished trial of a search, in the order they ran."""
+        """Every finished trial of a search, in the order in which they began.
+
+        A trial that was in flight in `MAX_ATTEMPTS` processes that died is taken for crashed.
+        """
         rows = self._db.execute(
-            "SELECT fields, outcome FROM outcomes WHERE context = ? AND status IS NOT NULL ORDER BY rowid",
+            "SELECT fields, outcome, attempts FROM outcomes WHERE context = ? ORDER BY rowid",
             (search.context,),
-        )
-        return [Record(Identity(**json.loads(fields)), _outcome(outcome)) for fields, outcome in rows]
+        ).fetchall()
+        found = []
+        for fields, outcome, attempts in rows:
+            identity = Identity(**json.loads(fields))
+            if outcome is not None:
+                found.append(Record(identity, _outcome(outcome)))
+            elif attempts >= MAX_ATTEMPTS:
+                found.append(Record(identity, self._crashed(identity, attempts)))
+        return found
+
+    def _crashed(self, identity: Identity, attempts: int) -> Outcome:
+        outcome = Outcome("crashed", f"the process died {attempts} times while this candidate ran")
+        self.finish(identity, outcome)
+        return outcome
 
     def save_verdict(self, key: str, entry: dict[str, Any]) -> None:
         """Record the profile entry that a search ended with."""

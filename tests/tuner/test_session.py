@@ -13,7 +13,8 @@ from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import Entry, Profile
 from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
 from tuner import session as session_module
-from tuner.build import Answer, InlineBuilder, Task
+from tuner.build import Answer, InlineBuilder, PoolBuilder, Task
+from tuner.measure import CpuTimer
 from tuner.search import Study, open_storage
 from tuner.session import DeviceLost, Result, Session, Settings
 from tuner.space import Candidate, Space
@@ -285,3 +286,21 @@ def test_large_problems_get_fewer_workers(world: World) -> None:
     large = Problem("colsum_attention", rows=119056, columns=119056, width=128, heads=24, group_size=192)
     assert bench.room_for(small) > 12
     assert 1 <= bench.room_for(large) <= 4
+
+
+@pytest.mark.slow
+def test_a_session_with_worker_processes_finds_and_records_the_same_way(tmp_path: Path) -> None:
+    """The real torch backend, as on a GPU, where kernels are built beside the process that measures."""
+    problem = Problem(
+        "topk_columns", rows=64, columns=64, width=1, dtype="float32", group_size=64, density=0.2
+    )
+    store, timer = Store(tmp_path / "trials.db"), CpuTimer(1 << 20)
+    bench = fake_bench(FakeTimer(), PoolBuilder(2))
+    bench.timer = timer
+    session = Session(bench, store, None, Settings(trials=3, budget_s=60.0), Profile.empty())
+    try:
+        (result,) = session.run((LabelledProblem("columns", problem),))
+    finally:
+        bench.builder.close()
+    assert result.entry is not None and result.counts == {"ok": 3}
+    assert len(store.records(session.identity(problem))) == 3
