@@ -74,11 +74,14 @@ def _group(
     if len(neurons) == 0:
         return
     bias = None if b1 is None else b1.index_select(0, neurons)
-    fresh = F.gelu(F.linear(x, w1.index_select(0, neurons), bias), approximate="tanh")
-    delta = fresh - cache.index_select(0, neurons).t()
+    middle = F.linear(x, w1.index_select(0, neurons), bias)
+    # Neuron-major from here on, as the cache is: one transposed copy instead of strided reads and writes.
+    fresh = F.gelu(middle, approximate="tanh").t().contiguous()
+    change = fresh - cache.index_select(0, neurons)
     if kept is not None:
-        delta = delta.masked_fill(~kept, 0)
-    put_rows(cache, neurons, kept, fresh.t())
+        change.masked_fill_(~kept.unsqueeze(1), 0)
+    put_rows(cache, neurons, kept, fresh)
+    delta = change.t()
     chosen = w2_by_neuron.index_select(0, neurons)
     if output.dtype == delta.dtype:
         output.addmm_(delta, chosen)
