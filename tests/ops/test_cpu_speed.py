@@ -25,8 +25,8 @@ ROUNDS = 3
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        reason="this CPU has no bfloat16 instructions; the bars are for one that has",
+        not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        reason="the bars are for a CPU with AVX-512 bfloat16 products, and without the faster AMX ones",
     ),
 ]
 

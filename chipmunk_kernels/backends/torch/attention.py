@@ -37,7 +37,7 @@ class DenseSettings(LaunchSettings):
     """`scratch_mib` bounds the scratch of one block of queries; `fused` takes PyTorch's fused kernel
     instead."""
 
-    scratch_mib: int = choice(8, 2, 4, 8, 16, 32)
+    scratch_mib: int = choice(16, 2, 4, 8, 16, 32)
     fused: bool = choice(False, False, True)
 
 
@@ -45,7 +45,7 @@ class DenseSettings(LaunchSettings):
 class ColsumSettings(LaunchSettings):
     """`scratch_mib` bounds the scratch memory of one block of queries."""
 
-    scratch_mib: int = choice(8, 2, 4, 8, 16, 32)
+    scratch_mib: int = choice(16, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

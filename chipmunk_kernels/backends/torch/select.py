@@ -17,7 +17,7 @@ from torch import Tensor
 from chipmunk_kernels.settings import LaunchSettings, choice
 
 LOWEST = -(2**31)
-BYTES_PER_SCORE = 48
+BYTES_PER_SCORE = 80
 """Scratch bytes that choosing takes for each score at its widest moment: int64 orders, float64 sums,
 masks."""
 
