@@ -6,7 +6,6 @@ for the baseline, the finals and the density crossover. What a problem does not 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -28,7 +27,7 @@ from tuner.finals import DENSE, Crossover, Finals, find_crossover, run_finals
 from tuner.measure import Measurement, measure
 from tuner.problem import Case, KernelWork, make_case
 from tuner.search import Progress, Study, search
-from tuner.sources import kernel_hash
+from tuner.sources import kernel_hash, kernels_hash
 from tuner.space import Candidate, Space
 from tuner.statistics import significant
 from tuner.store import Identity, Outcome, Store
@@ -143,7 +142,7 @@ class Session:
         if not space.candidates:
             return Result(item, note="nothing can run it here: " + _reasons(space))
         identity = self.identity(problem)
-        key = f"{identity.context} {_sources(space)}"
+        key = f"{identity.context} {kernels_hash(space.kernels)}"
         earlier = self._store.verdict(key)
         if earlier is not None and self._is_enough(earlier["evidence"]["search"]):
             return self._result(item, Entry.from_mapping(earlier), reused=True)
@@ -385,12 +384,6 @@ def _rejected(answer: Answer) -> Outcome | None:
     if answer.ok:
         return None
     return Outcome("wrong", answer.explain(), error=answer.error, budget=answer.budget)
-
-
-def _sources(space: Space) -> str:
-    """One hash over the sources and declared values of all kernels of a space."""
-    parts = [f"{kernel.backend} {kernel_hash(kernel)} {kernel.settings.space()}" for kernel in space.kernels]
-    return hashlib.sha256("; ".join(parts).encode()).hexdigest()[:12]
 
 
 def _reasons(space: Space) -> str:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import chipmunk_kernels.backends
@@ -18,6 +19,12 @@ _PACKAGE = "chipmunk_kernels.backends"
 def kernel_hash(kernel: Kernel) -> str:
     """Twelve hex digits over the module of a kernel's settings and every backend module that it imports."""
     return _module_hash(kernel.settings.__module__)
+
+
+def kernels_hash(kernels: Iterable[Kernel]) -> str:
+    """Twelve hex digits over the sources and the declared settings of several kernels."""
+    parts = [f"{kernel.backend} {kernel_hash(kernel)} {kernel.settings.space()}" for kernel in kernels]
+    return hashlib.sha256("; ".join(parts).encode()).hexdigest()[:12]
 
 
 def all_sources_hash() -> str:

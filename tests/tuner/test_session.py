@@ -159,6 +159,7 @@ def test_a_kill_between_trials_loses_and_repeats_nothing(world: World, persisten
 def test_edited_sources_outdate_what_is_recorded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run()
     monkeypatch.setattr(session_module, "kernel_hash", lambda kernel: "edited")
+    monkeypatch.setattr(session_module, "kernels_hash", lambda kernels: "edited")
     assert not world.run().reused
     assert len(world.tried()) == FITTING
 
