@@ -160,8 +160,8 @@ def packaged_folder() -> Path:
 
 def in_checkout() -> bool:
     """Whether this package runs from a source checkout rather than from an installed wheel."""
-    root = Path(__file__).resolve().parent.parent
-    return (root / "pyproject.toml").is_file() and (root / "results" / "tuned").is_dir()
+    # A fresh clone may have no results/ yet; an installed package never lies beside a build file.
+    return (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file()
 
 
 def load(path: str | Path) -> Profile:

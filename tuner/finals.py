@@ -11,14 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from chipmunk_kernels.problem import Problem
 from tuner.baselines import CROSSED, Baseline
-from tuner.measure import Timer, TimingPolicy, Work, interleave, measure
+from tuner.measure import Timer, Work, interleave
 from tuner.problem import Case, KernelWork, make_case
 from tuner.space import Candidate
-from tuner.statistics import Interval, Verdict, median_interval, noise_floor, paired_ratio, verdict
+from tuner.statistics import (
+    Interval,
+    Verdict,
+    median_interval,
+    noise_floor,
+    paired_ratio,
+    significant,
+    verdict,
+)
 
 DENSE, AGAIN = "dense", "again"
 
@@ -104,52 +109,60 @@ def judge(
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where dense starts to win: time ≈ fixed + slope · density through two measured densities."""
+    """Where dense starts to win: time ≈ fixed + slope · density through two measured densities.
+
+    Attributes:
+        density: the crossover, from 0 (dense always wins) to 1 (never).
+        points: density → time of the sparse operation over that of dense, each taken side by side.
+    """
 
     density: float
     points: dict[float, float]
 
     def as_dict(self) -> dict[str, Any]:
+        """As evidence."""
         return {
-            "method": "time = a + b * density through the measured points, met with the dense time",
-            "points_ms": {f"{density:.4g}": round(ms, 6) for density, ms in self.points.items()},
+            "method": "sparse over dense time = a + b * density through the measured points, met with 1",
+            "points": {f"{density:.4g}": significant(ratio, 4) for density, ratio in self.points.items()},
         }
 
 
 def find_crossover(
     winner: Candidate,
-    problem: Problem,
-    device: torch.device,
+    case: Case,
+    dense: Baseline,
+    speedup: float,
     seed: int,
     timer: Timer,
-    policy: TimingPolicy,
-    winner_ms: float,
-    dense_ms: float,
+    max_seconds: float,
 ) -> Crossover | None:
-    """Measure the winner at one more density, near where dense should overtake it. None where it never does
-    for the operation does not grow with density."""
+    """Measure the winner at one more density, near where dense should overtake it, and dense beside it.
+
+    None for an operation that does not grow with density. `speedup` is that of the finals, at the density of
+    the case. A handful of rounds will do: only the ratio counts, and the crossover is a rough one.
+    """
+    problem = case.problem
     if problem.operation not in CROSSED:
         return None
-    second = second_density(problem.density, winner_ms, dense_ms)
-    case = make_case(replace(problem, density=second), device, seed)
-    work = KernelWork(case, winner.kernel, winner.settings)
-    # A rough crossover will do, and at that density the winner is about as slow as dense.
-    policy = replace(policy, warm_up_s=0.0, max_samples=8, max_seconds=policy.max_seconds / 2)
-    points = {problem.density: winner_ms, second: measure(work, timer, policy).median_ms}
-    return Crossover(crossing(points, dense_ms), points)
+    density = second_density(problem.density, speedup)
+    denser = make_case(replace(problem, density=density), case.device, seed)
+    works: dict[str, Work] = {DENSE: dense, "sparse": KernelWork(denser, winner.kernel, winner.settings)}
+    samples, _ = interleave(works, timer, min_rounds=3, max_rounds=8, max_seconds=max_seconds)
+    points = {problem.density: 1 / speedup, density: paired_ratio(samples["sparse"], samples[DENSE]).median}
+    return Crossover(crossing(points), points)
 
 
-def second_density(density: float, winner_ms: float, dense_ms: float) -> float:
+def second_density(density: float, speedup: float) -> float:
     """Where dense would win if time were proportional to density; well away from the first point."""
     if density > 0.7:
         return density / 2
-    return min(1.0, max(2 * density, density * dense_ms / winner_ms))
+    return min(1.0, max(2 * density, density * speedup))
 
 
-def crossing(points: Mapping[float, float], dense_ms: float) -> float:
-    """Where the line through two points (density → ms) meets the dense time, within [0, 1]."""
-    (d1, t1), (d2, t2) = sorted(points.items())
-    slope = (t2 - t1) / (d2 - d1)
+def crossing(points: Mapping[float, float]) -> float:
+    """Where the line through two points (density → sparse over dense) meets 1, within [0, 1]."""
+    (d1, r1), (d2, r2) = sorted(points.items())
+    slope = (r2 - r1) / (d2 - d1)
     if slope <= 0:  # no growth with density: the sparse one wins everywhere or nowhere
-        return 1.0 if min(t1, t2) <= dense_ms else 0.0
-    return round(min(1.0, max(0.0, d1 + (dense_ms - t1) / slope)), 4)
+        return 1.0 if min(r1, r2) <= 1.0 else 0.0
+    return round(min(1.0, max(0.0, d1 + (1.0 - r1) / slope)), 4)

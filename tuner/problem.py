@@ -38,6 +38,11 @@ class Case:
     inputs: dict[str, Any]
     pristine: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return next(value.device for value in self.inputs.values() if isinstance(value, Tensor))
+
     def reset(self) -> None:
         """Restore what the last call wrote: without it an MLP's second call has a delta of only zeros."""
         for name, value in self.pristine.items():

@@ -23,7 +23,7 @@ from tuner.bench import ROOFLINE_MARGIN, Bench, sm_clock
 from tuner.build import Answer, Task, device_alive
 from tuner.errors import failure, wall_limit
 from tuner.evidence import evidence
-from tuner.finals import DENSE, Crossover, Finals, find_crossover, run_finals
+from tuner.finals import find_crossover, run_finals
 from tuner.measure import Measurement, measure
 from tuner.problem import Case, KernelWork, make_case
 from tuner.search import Progress, Study, search
@@ -305,7 +305,15 @@ class Session:
         )
         winner = space.candidates[finals.winner]
         clocks = [clock_before, sm_clock(self._bench.timer)]
-        crossover = self._crossover(winner, case.problem, finals)
+        crossover = find_crossover(
+            winner,
+            case,
+            dense,
+            finals.speedup.median,
+            self._settings.seed,
+            self._bench.timer,
+            2 * self._bench.policy.max_seconds,
+        )
         entry = Entry(
             case.problem,
             winner.kernel.backend,
@@ -351,14 +359,6 @@ class Session:
             return verify(candidate.kernel, candidate.settings, problem, self._bench.device, seed)
         except Exception as error:  # whatever a candidate throws is a datum
             return Check(math.inf, 0.0, "", failure(error).reason)
-
-    def _crossover(self, winner: Candidate, problem: Problem, finals: Finals) -> Crossover | None:
-        bench = self._bench
-        winner_ms, dense_ms = finals.times[finals.winner].median, finals.times[DENSE].median
-        seed = self._settings.seed
-        return find_crossover(
-            winner, problem, bench.device, seed, bench.timer, bench.policy, winner_ms, dense_ms
-        )
 
     def _result(self, item: LabelledProblem, entry: Entry, reused: bool = False) -> Result:
         evidence = entry.evidence

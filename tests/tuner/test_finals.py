@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from chipmunk_kernels import registry
+from chipmunk_kernels.problem import Problem
 from tests.tuner.fakes import PROBLEM, FakeTimer, ScriptedWork, fake_kernels
 from tuner.baselines import Baseline
-from tuner.finals import AGAIN, DENSE, crossing, judge, run_finals, second_density
-from tuner.problem import make_case
-from tuner.space import Space
+from tuner.finals import AGAIN, DENSE, crossing, find_crossover, judge, run_finals, second_density
+from tuner.measure import Work
+from tuner.problem import KernelWork, make_case
+from tuner.space import Candidate, Space
 
 
 def rounds(ms: float, wobble: float = 0.0) -> list[float]:
@@ -63,28 +65,51 @@ def test_finals_run_kernels_the_leader_twice_and_dense(monkeypatch: pytest.Monke
     assert len(timer.taken) % 4 == 0  # dense, two finalists, the leader again
 
 
-def test_the_crossover_is_where_the_line_meets_the_dense_time() -> None:
-    assert crossing({0.1: 2.0, 0.5: 6.0}, dense_ms=8.0) == pytest.approx(0.7)
-    assert crossing({0.5: 6.0, 0.1: 2.0}, dense_ms=1.0) == 0.0
-    assert crossing({0.1: 2.0, 0.5: 3.0}, dense_ms=99.0) == 1.0
+def test_the_crossover_is_where_sparse_takes_as_long_as_dense() -> None:
+    assert crossing({0.1: 0.25, 0.5: 0.75}) == pytest.approx(0.7)
+    assert crossing({0.5: 6.0, 0.1: 2.0}) == 0.0
+    assert crossing({0.1: 0.2, 0.5: 0.3}) == 1.0
 
 
 def test_no_growth_with_density_wins_everywhere_or_nowhere() -> None:
-    assert crossing({0.1: 2.0, 0.5: 2.0}, dense_ms=3.0) == 1.0
-    assert crossing({0.1: 4.0, 0.5: 4.0}, dense_ms=3.0) == 0.0
+    assert crossing({0.1: 0.5, 0.5: 0.5}) == 1.0
+    assert crossing({0.1: 1.5, 0.5: 1.5}) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("density", "winner_ms", "dense_ms", "expected"),
-    [
-        (0.1, 1.0, 5.0, 0.5),
-        (0.1, 1.0, 50.0, 1.0),
-        (0.1, 1.0, 0.5, 0.2),
-        (0.9, 1.0, 1.0, 0.45),
-        (1.0, 1.0, 2.0, 0.5),
-    ],
+    ("density", "speedup", "expected"),
+    [(0.1, 5.0, 0.5), (0.1, 50.0, 1.0), (0.1, 0.5, 0.2), (0.9, 1.0, 0.45), (1.0, 2.0, 0.5)],
 )
 def test_the_second_density_lies_near_the_expected_crossover(
-    density: float, winner_ms: float, dense_ms: float, expected: float
+    density: float, speedup: float, expected: float
 ) -> None:
-    assert second_density(density, winner_ms, dense_ms) == pytest.approx(expected)
+    assert second_density(density, speedup) == pytest.approx(expected)
+
+
+def test_the_crossover_of_a_kernel_is_measured_beside_dense() -> None:
+    problem = Problem(
+        "sparse_mlp", rows=64, columns=64, width=64, dtype="float32", group_size=64, density=0.1
+    )
+    kernel = registry.kernel("sparse_mlp", "torch")
+    winner = Candidate(kernel, kernel.settings())
+
+    class DensityTimer(FakeTimer):
+        """10 ms at any density plus 100 ms for all columns; the baseline says its own time."""
+
+        def sample(self, work: Work) -> float:
+            if isinstance(work, KernelWork):
+                self.taken.append(work)
+                return 10.0 + 100.0 * work.case.problem.density
+            return super().sample(work)
+
+    dense = Baseline("dense", ScriptedWork(lambda n: 60.0).call)
+    found = find_crossover(winner, make_case(problem, "cpu", 0), dense, 3.0, 0, DensityTimer(), 60.0)
+    assert found is not None and found.density == pytest.approx(0.5, abs=1e-3)
+    assert sorted(found.points) == pytest.approx([0.1, 0.3])
+
+
+def test_an_operation_that_does_not_grow_with_density_has_no_crossover() -> None:
+    case = make_case(PROBLEM, "cpu", 0)
+    kernel = fake_kernels("torch")["group_mean"]
+    dense = Baseline("dense", lambda: 1.0)
+    assert find_crossover(Candidate(kernel, kernel.settings()), case, dense, 3.0, 0, FakeTimer(), 1.0) is None
