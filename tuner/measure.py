@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tuner.statistics import Interval, median_interval, paired_ratio
+from tuner.statistics import FEWEST, Interval, median_interval, paired_ratio
 
 Clock = Callable[[], float]
 
@@ -150,7 +150,8 @@ def interleave(
 
     The order rotates from round to round and every other round runs backwards, so that no work always follows
     the same one. The rule `interval` asks that the ratio of each work to the first be known to that width.
-    `time` may end it below `min_rounds`, but never below three rounds.
+    `time` may end it below `min_rounds`, but below `FEWEST` rounds only after three times `max_seconds`: one
+    problem on an overloaded machine must not eat the time of all others.
     """
     names = list(works)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -159,10 +160,10 @@ def interleave(
     for completed in range(1, max_rounds + 1):
         for name in _order(names, completed - 1):
             samples[name].append(timer.sample(works[name]))
-        timed_out = clock() - started >= max_seconds
+        elapsed = clock() - started
         if completed >= min_rounds and _settled(samples, names, target_width):
             return samples, "interval"
-        if timed_out and completed >= 3:
+        if elapsed >= max_seconds and (completed >= FEWEST or elapsed >= 3 * max_seconds):
             return samples, "time"
     return samples, "samples"
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+FEWEST = 3
+"""Rounds below which no verdict but a tie is given."""
+
 Verdict = Literal["faster", "tie", "dense is better"]
 
 
@@ -96,6 +99,8 @@ def noise_floor(first: Sequence[float], second: Sequence[float]) -> float:
 
 def verdict(speedup: Interval, noise: float) -> Verdict:
     """What a speedup over dense says: no difference within the noise floor counts, and a tie is an answer."""
+    if speedup.samples < FEWEST:
+        return "tie"
     if speedup.low > 1.0 + noise:
         return "faster"
     if speedup.high < 1.0 / (1.0 + noise):

@@ -51,6 +51,11 @@ def test_the_noise_floor_is_what_a_thing_differs_from_itself() -> None:
     assert noise_floor([1.0, 1.1] * 3, [1.0] * 6) == pytest.approx(0.1)
 
 
+def test_two_rounds_are_no_verdict() -> None:
+    assert verdict(median_interval([5.0, 5.0]), 0.0) == "tie"
+    assert verdict(median_interval([5.0, 5.0, 5.0]), 0.0) == "faster"
+
+
 @pytest.mark.parametrize(
     ("speedup", "noise", "expected"),
     [
