@@ -13,7 +13,7 @@ NAME = "flux-shapes"
 
 
 def write_parts(folder: Path, out: Path, part_bytes: int = PART_BYTES) -> list[Path]:
-    """Write `folder` as `out/flux-shapes.tar.part0`, `.part1` …; older parts are replaced only once all are written."""
+    """Write `folder` as `out/flux-shapes.tar.part0`, `.part1` …; older parts go once all are written."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path in sorted(folder.rglob("*")):

@@ -1,7 +1,7 @@
 """Install a trained model: `python -m suites.flux_shapes.assemble SOURCE [--to FOLDER]`.
 
-SOURCE is what `train --out` wrote (archive parts) or a pipeline folder. The model is checked in a temporary folder
-first, so a broken or too large one replaces nothing.
+SOURCE is what `train --out` wrote (archive parts) or a pipeline folder. The model is checked in a temporary
+folder first, so a broken or too large one replaces nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ KEPT = "README.md"
 def assemble(source: Path, folder: Path) -> int:
     """Put the model in `source` into `folder`, which keeps its model card; returns the model's bytes.
 
-    Raises FileNotFoundError if `source` holds no model, ValueError if the model is larger than `MOST_BYTES`, has
-    weights that are not finite, or does not load offline as a `FluxPipeline`.
+    Raises FileNotFoundError if `source` holds no model, ValueError if the model is larger than `MOST_BYTES`,
+    has weights that are not finite, or does not load offline as a `FluxPipeline`.
     """
     from suites.flux_shapes.archive import read_parts
 

@@ -23,6 +23,12 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures `(B, 3, H, W)` in [0, 1] from latents as `encode` gives them."""
+    restored = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return (restored.float() / 2 + 0.5).clamp(0, 1)
+
+
 def train_autoencoder(
     vae: Any,
     seconds: float,
@@ -75,11 +81,11 @@ def psnr_db(squared_error: float) -> float:
 
 @torch.no_grad()
 def standardise(vae: Any, size: int, batch: int, seed: int) -> None:
-    """Give each latent channel zero mean and unit deviation over drawn scenes, without changing what is restored.
+    """Give latent channels zero mean and unit deviation over drawn scenes; what is restored stays the same.
 
-    The change of scale is folded into the two 1×1 convolutions around the latents; what little is left of a global
-    mean and deviation becomes the pipeline's `shift_factor` and `scaling_factor`. A nearly unused channel is not
-    blown up beyond four times its size.
+    The change of scale is folded into the two 1×1 convolutions around the latents; what little is left of a
+    global mean and deviation becomes the pipeline's `shift_factor` and `scaling_factor`. A nearly unused
+    channel is not blown up beyond four times its size.
     """
     device = next(vae.parameters()).device
     pictures = draw(next(scene_batches(batch, seed, device)), size)

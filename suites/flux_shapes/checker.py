@@ -1,4 +1,4 @@
-"""Does a picture show what its caption says? Colours, places, shapes, sizes and background read from the pixels."""
+"""Does a picture show what its caption says? Read from the pixels, without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_OFFSET = 0.12
 
 @dataclass(frozen=True)
 class Finding:
-    """One aspect of a caption (`colour`, `shape`, `size`, `relation`, `place`, `background`) and what was seen."""
+    """One aspect of a caption, such as `colour`, `shape` or `relation`, and what was seen of it."""
 
     aspect: str
     ok: bool

@@ -20,10 +20,8 @@ class Clock:
         self._started = now() if started is None else started
 
     def elapsed_s(self) -> float:
+        """Seconds since the start."""
         return self._now() - self._started
-
-    def left_s(self) -> float:
-        return self.budget_s - self.elapsed_s()
 
 
 class Log:

@@ -1,11 +1,10 @@
-"""Stage two: train transformer and text encoders by flow matching, small pictures first, by the clock."""
+"""Stage three: train transformer and text encoders by flow matching, small pictures first, by the clock."""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from suites.flux_shapes import flow
-from suites.flux_shapes.autoencoder import encode
+from suites.flux_shapes.autoencoder import decode, encode
 from suites.flux_shapes.clock import Clock, Log
 from suites.flux_shapes.drawing import draw
-from suites.flux_shapes.models import TOKEN_PIXELS, Captioner, Denoiser, Parts
+from suites.flux_shapes.models import TEXT_LENGTH, TOKEN_PIXELS, Denoiser, Parts
 from suites.flux_shapes.scenes import Scenes, scene_batches
 
 
@@ -31,37 +30,43 @@ class Task:
 
     @property
     def side(self) -> int:
+        """Image tokens along one side."""
         return self.size // TOKEN_PIXELS
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A share of the training time, and the tasks drawn in it by weight."""
+    """A share of the training time for one task."""
 
     name: str
     share: float
-    tasks: tuple[tuple[Task, float], ...]
+    task: Task
 
 
 STAGES = (
-    Stage("128", 0.38, ((Task(128, 256, 4), 1.0),)),
-    Stage("256", 0.30, ((Task(256, 96, 2), 1.0),)),
-    Stage("512", 0.32, ((Task(512, 32, 1), 1.0),)),
+    Stage("128", 0.50, Task(128, 256, 4)),
+    Stage("256", 0.25, Task(256, 96, 2)),
+    Stage("512", 0.25, Task(512, 32, 1)),
 )
-"""Small pictures teach the captions many times faster. Their position stride makes them span the 64×64 positions of
-a 512-pixel picture, so layouts carry over."""
-TEXT_LENGTH = 64
-"""Padded T5 length: `max_sequence_length` in the pipeline. One length keeps every shape static for the compiler."""
+"""Small pictures teach the captions many times faster. Their position stride makes them span the 64×64
+positions of a 512-pixel picture, so layouts carry over; what is to be drawn where is learnt there, edges
+after.
+"""
 FRESH_SHARE, MOST_REUSED = 0.25, 64
-"""Share of batches drawn and encoded anew, and how many recent ones are drawn from again (with new noise and times):
-drawing and encoding 8 million pixels costs a third of a training step."""
+"""Share of batches drawn and encoded anew, and how many recent ones are drawn from again (with new noise and
+times): drawing and encoding 8 million pixels costs a third of a training step.
+"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the denoiser is optimised."""
+    """How the denoiser is optimised. The text encoders learn at `text_rate` of the transformer's rate.
+
+    They know what captions say already (`text`): fast steps would only move what the transformer reads.
+    """
 
     learning_rate: float = 1e-3
+    text_rate: float = 0.2
     last_rate_share: float = 0.01
     warmup_steps: int = 300
     weight_decay: float = 0.01
@@ -75,11 +80,13 @@ class Ema:
 
     def __init__(self, module: Denoiser, decay: float) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._mine, self._theirs = list(self.module.parameters()), list(module.parameters())
+        self._mine: list[Tensor] = list(self.module.parameters())
+        self._theirs: list[Tensor] = list(module.parameters())
         self._decay, self._updates = decay, 0
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move a step towards the weights; the first steps are longer, so that short runs have an average."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
@@ -88,9 +95,7 @@ class Ema:
 class DenoiserTrainer:
     """Owns the optimiser, the average and the batches of one run."""
 
-    def __init__(
-        self, parts: Parts, recipe: Recipe, seed: int, autocast: Any, compiled: bool, log: Log
-    ) -> None:
+    def __init__(self, parts: Parts, recipe: Recipe, seed: int, autocast: Any, log: Log) -> None:
         self.parts, self.recipe, self.log, self._autocast = parts, recipe, log, autocast
         self.master = parts.denoiser.train()
         self.device = next(self.master.parameters()).device
@@ -98,51 +103,39 @@ class DenoiserTrainer:
         self.denoiser = copy.deepcopy(self.master).bfloat16() if self.device.type == "cuda" else self.master
         self.ema = Ema(self.master, recipe.ema)
         self._optimizer = self._make_optimizer()
-        self._captioner = Captioner(parts.clip_tokenizer, parts.t5_tokenizer, self.device)
+        self._captioner = parts.captioner(self.device)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._dice, self._seed = random.Random(seed), seed
-        self._rope: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._rope: dict[Task, tuple[Tensor, Tensor]] = {}
         self._streams: dict[int, Iterator[Scenes]] = {}
         self._recent: dict[Task, list[tuple[Scenes, Tensor]]] = {}
-        self.step, self._fallbacks = 0, 0
-        if compiled:
-            self._compile()
+        self.step = 0
 
     def _make_optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self.master.parameters() if p.ndim > 1]
-        vectors = [p for p in self.master.parameters() if p.ndim <= 1]
+        text = {id(p) for m in (self.master.t5, self.master.clip) for p in m.parameters()}
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for p in self.master.parameters():
+            groups.setdefault((id(p) in text, p.ndim > 1), []).append(p)
         return torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            [
+                {
+                    "params": members,
+                    "rate": self.recipe.text_rate if is_text else 1.0,
+                    "weight_decay": self.recipe.weight_decay if is_matrix else 0.0,
+                }
+                for (is_text, is_matrix), members in groups.items()
+            ],
             lr=0.0,
             betas=self.recipe.betas,
-            weight_decay=self.recipe.weight_decay,
             fused=self.device.type == "cuda",
         )
 
-    def _compile(self) -> None:
-        transformer = self.denoiser.transformer
-        torch._dynamo.config.cache_size_limit = 64
-        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-            block.compile(dynamic=False)
-
-    def _fall_back(self, error: Exception) -> None:
-        """Once, without compiled blocks; then there is nothing left to try."""
-        trace = traceback.format_exc()
-        self.log.add("fallback", number=self._fallbacks, reason=repr(error)[:500], trace=trace[-3000:])
-        self._fallbacks += 1
-        if self._fallbacks > 1:
-            raise error
-        torch._dynamo.reset()
-        for module in self.denoiser.transformer.modules():
-            module._compiled_call_impl = None
-
-    def _rotary(self, task: Task, text_length: int) -> tuple[Tensor, Tensor]:
-        key = (task.side, text_length, task.stride)
-        if key not in self._rope:
-            self._rope[key] = flow.rotary(
-                self.denoiser.transformer, task.side, text_length, task.stride, self.device
+    def _rotary(self, task: Task) -> tuple[Tensor, Tensor]:
+        if task not in self._rope:
+            self._rope[task] = flow.rotary(
+                self.denoiser.transformer, task.side, TEXT_LENGTH, task.stride, self.device
             )
-        return self._rope[key]
+        return self._rope[task]
 
     def _scenes(self, batch: int) -> Scenes:
         if batch not in self._streams:
@@ -164,21 +157,34 @@ class DenoiserTrainer:
     def loss(self, task: Task) -> Tensor:
         """Mean squared velocity error on one batch."""
         scenes, clean = self._clean(task)
-        t = flow.random_times(task.batch, clean.shape[1], self._generator)
+        t = flow.random_times(len(clean), clean.shape[1], self._generator)
         noise = torch.randn(clean.shape, generator=self._generator, device=self.device)
         mixed = torch.lerp(clean, noise, t[:, None, None])
-        clip_ids, t5_ids = self._captioner(scenes, TEXT_LENGTH)
-        denoiser = self.denoiser
-        text = denoiser.t5(t5_ids)[0]
-        pooled = denoiser.clip(clip_ids).pooler_output
-        rope = self._rotary(task, TEXT_LENGTH)
-        guess = flow.velocity(denoiser.transformer, mixed.to(text.dtype), t, text, pooled, rope)
+        text, pooled = self._read(self.denoiser, scenes)
+        rope = self._rotary(task)
+        guess = flow.velocity(self.denoiser.transformer, mixed.to(text.dtype), t, text, pooled, rope)
         return (guess.float() - (noise - clean)).square().mean()
 
+    def _read(self, denoiser: Denoiser, scenes: Scenes) -> tuple[Tensor, Tensor]:
+        """T5's states and CLIP's pooled state of the captions."""
+        clip_ids, t5_ids = self._captioner(scenes, TEXT_LENGTH)
+        return denoiser.t5(t5_ids)[0], denoiser.clip(clip_ids).pooler_output
+
+    @torch.no_grad()
+    def sample(self, scenes: Scenes, task: Task, steps: int, seed: int) -> Tensor:
+        """Pictures `(B, 3, size, size)` in [0, 1] of the captions, by the averaged weights; on the CPU."""
+        average, vae = self.ema.module, self.parts.vae
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(scenes), task.side**2, 4 * vae.config.latent_channels, generator=generator)
+        text, pooled = self._read(average, scenes)
+        rope = self._rotary(task)
+        tokens = flow.sample(average.transformer, noise.to(self.device), steps, text, pooled, rope)
+        return decode(vae, flow.unpack(tokens, task.side)).cpu()
+
     def train_step(self, task: Task, rate: float) -> Tensor:
-        """One optimiser step at learning rate `rate`; returns the loss, still on the device."""
+        """One optimiser step at the transformer's rate `rate`; returns the loss, still on the device."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         loss = self.loss(task)
         self._backward(loss)
         torch.nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
@@ -202,40 +208,25 @@ class DenoiserTrainer:
         if self.denoiser is not self.master:
             torch._foreach_copy_(list(self.denoiser.parameters()), list(self.master.parameters()))
 
-    def rate(self, progress: float, steps_in_run: int) -> float:
+    def rate(self, progress: float, step: int) -> float:
         """Warm-up by steps, then a cosine over the share of the time used."""
         recipe = self.recipe
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        warm = min(1.0, (steps_in_run + 1) / recipe.warmup_steps)
+        warm = min(1.0, (step + 1) / recipe.warmup_steps)
         return recipe.learning_rate * warm * (recipe.last_rate_share + (1 - recipe.last_rate_share) * cosine)
 
     def rehearse(self, stages: tuple[Stage, ...]) -> None:
-        """Run forward and backward of every shape once before the time counts: compiles, and fails early.
+        """Forward and backward of every shape once, so that what cannot work fails early.
 
-        Weights, average and random streams that matter to training stay as they were.
+        Leaves no gradients. Random streams move on: train with another trainer.
+        Raises FloatingPointError on gradients that are not finite.
         """
-        for task in sorted({task for stage in stages for task, _ in stage.tasks}, key=lambda t: t.size):
-            self._try(task)
-        self.denoiser.zero_grad(set_to_none=True)
-        self._streams.clear()
-        self._recent.clear()
-        self._dice.seed(self._seed)
-        self._generator.manual_seed(self._seed)
-
-    def _try(self, task: Task) -> None:
-        """One forward and backward, with finite gradients, falling back as far as needed."""
-        while True:
-            try:
-                self.denoiser.zero_grad(set_to_none=True)
-                self.loss(task).backward()
-                grads = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
-                if not torch.stack([grad.isfinite().all() for grad in grads]).all():
-                    raise FloatingPointError(f"gradients are not finite at {task}")
-                return
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self._fall_back(error)
+        for stage in stages:
+            self.loss(stage.task).backward()
+            grads = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+            if not torch.stack([grad.isfinite().all() for grad in grads]).all():
+                raise FloatingPointError(f"gradients are not finite at {stage.task}")
+            self.denoiser.zero_grad(set_to_none=True)
 
     def run(
         self,
@@ -244,25 +235,22 @@ class DenoiserTrainer:
         clock: Clock,
         save: Callable[[str], None],
         save_every_s: float,
+        after_stage: Callable[[Stage], None],
     ) -> None:
-        """Train through `stages` until the clock shows `until_s`, saving at stage ends and every `save_every_s`."""
-        start, saved, first = clock.elapsed_s(), clock.elapsed_s(), self.step
+        """Train until the clock shows `until_s`, saving at stage ends and every `save_every_s`."""
+        start, saved = clock.elapsed_s(), clock.elapsed_s()
         total, stage_end = max(until_s - start, 1e-6), start
         for stage in stages:
             stage_end += stage.share * total
-            tasks, weights = [t for t, _ in stage.tasks], [w for _, w in stage.tasks]
-            recent: dict[Task, list[Tensor]] = {task: [] for task in tasks}
+            recent: list[Tensor] = []
             stage_first, rate = self.step, 0.0
             while (
                 clock.elapsed_s() < stage_end and self.step - stage_first < self.recipe.most_steps_per_stage
             ):
-                task = self._dice.choices(tasks, weights)[0]
-                rate = self.rate((clock.elapsed_s() - start) / total, self.step - first)
-                recent[task].append(self.train_step(task, rate))
+                rate = self.rate((clock.elapsed_s() - start) / total, self.step)
+                recent.append(self.train_step(stage.task, rate))
                 if self.step % 10 == 0:
-                    recent[task][
-                        -1
-                    ].item()  # keeps the host at most ten steps ahead of the device, so the clock is true
+                    recent[-1].item()  # keeps the host near the device, so that the clock is true
                 if self.step % 100 == 0:
                     self._report(stage, recent, rate)
                 if clock.elapsed_s() - saved > save_every_s:
@@ -270,24 +258,16 @@ class DenoiserTrainer:
                     saved = clock.elapsed_s()
             self._report(stage, recent, rate)
             save(stage.name)
+            after_stage(stage)
             saved = clock.elapsed_s()
 
-    def _report(self, stage: Stage, recent: dict[Task, list[Tensor]], rate: float) -> None:
-        for task, losses in recent.items():
-            if not losses:
-                continue
-            loss = torch.stack(losses).mean().item()
-            losses.clear()
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss} at step {self.step}; the last saved archive is still good"
-                )
-            self.log.add(
-                "denoiser",
-                stage=stage.name,
-                size=task.size,
-                stride=task.stride,
-                step=self.step,
-                loss=loss,
-                lr=rate,
+    def _report(self, stage: Stage, recent: list[Tensor], rate: float) -> None:
+        if not recent:
+            return
+        loss = torch.stack(recent).mean().item()
+        recent.clear()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} at step {self.step}; the last saved archive is still good"
             )
+        self.log.add("denoiser", stage=stage.name, step=self.step, loss=loss, lr=rate)

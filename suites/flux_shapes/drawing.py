@@ -1,7 +1,7 @@
-"""Draw scenes: anti-aliased signed-distance shapes on a plain or softly graded background, batched on any device.
+"""Draw scenes: anti-aliased shapes on a plain or softly graded background, batched on any device.
 
-Coordinates run from -1 to 1, x to the right and y down; a shape of radius r fits in the circle of radius r around
-its centre, so shapes never overlap when their circles do not.
+Coordinates run from -1 to 1, x to the right and y down; a shape of radius r fits in the circle of radius r
+around its centre, so shapes never overlap when their circles do not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sample captions through `FluxPipeline` itself, check the pictures, and tell the result as a grid and a table."""
+"""Sample captions through `FluxPipeline` itself, check the pictures, and report as grid and table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from suites.flux_shapes.checker import check, follows
-from suites.flux_shapes.scenes import random_scenes
+from suites.flux_shapes.scenes import Scenes, random_scenes
 from suites.flux_shapes.words import Description
 
 HELD_OUT_SEED = 90210
@@ -37,16 +37,21 @@ class Score:
         return "\n".join(lines)
 
 
+def held_out_scenes(number: int, seed: int = HELD_OUT_SEED) -> Scenes:
+    """Scenes whose captions the evaluation asks for, on the CPU."""
+    return random_scenes(number, torch.Generator().manual_seed(seed))
+
+
 def held_out(number: int, seed: int = HELD_OUT_SEED) -> list[Description]:
     """Captions to ask for, as descriptions."""
-    scenes = random_scenes(number, torch.Generator().manual_seed(seed))
+    scenes = held_out_scenes(number, seed)
     return [scenes.describe(row) for row in range(number)]
 
 
 def sample(
     pipe: Any, captions: list[str], size: int, steps: int, seed: int, batch: int, text_length: int = 64
 ) -> Tensor:
-    """Pictures `(B, 3, size, size)` in [0, 1] from the pipeline, one CPU generator per picture (seed + index)."""
+    """Pictures `(B, 3, size, size)` in [0, 1] from the pipeline, picture i from the CPU seed `seed` + i."""
     pictures: list[Tensor] = []
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]

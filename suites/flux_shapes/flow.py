@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -33,8 +34,8 @@ def velocity(
 ) -> Tensor:
     """What `FluxTransformer2DModel.forward` computes, for tokens `(B, N, 4C)` at times `(B,)` in [0, 1].
 
-    Written out so that rotary tables are made once, and time stays float32 under autocast (bfloat16 would round
-    1000·t by up to 2).
+    Written out so that rotary tables are made once, and time stays float32 under autocast (bfloat16 would
+    round 1000·t by up to 2).
     """
     hidden, context = transformer.x_embedder(tokens), transformer.context_embedder(text)
     temb = transformer.time_text_embed(t * 1000, pooled)
@@ -54,8 +55,9 @@ def shift_for(tokens: int) -> float:
 def random_times(number: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Times `(number,)` to train at, on the generator's device.
 
-    Half logit-normal, where most is learnt, half uniform, which is where the sampler's steps lie; both shifted
-    as the sampler shifts. The slightly wide logit-normal (1.2) keeps the noisy end, where the layout is decided.
+    Half logit-normal, where most is learnt, half uniform, which is where the sampler's steps lie; both
+    shifted as the sampler shifts. The slightly wide logit-normal (1.2) keeps the noisy end, where the layout
+    is decided.
     """
     device = generator.device
     normal = torch.randn(number, generator=generator, device=device)
@@ -64,3 +66,36 @@ def random_times(number: int, tokens: int, generator: torch.Generator) -> Tensor
     u = torch.where(coin < 0.5, torch.sigmoid(1.2 * normal), even)
     shift = shift_for(tokens)
     return shift * u / (1 + (shift - 1) * u)
+
+
+@torch.no_grad()
+def sample(
+    transformer: Any,
+    tokens: Tensor,
+    steps: int,
+    text: Tensor,
+    pooled: Tensor,
+    rope: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Euler steps from noise to a picture's tokens, at the times that the pipeline's scheduler takes.
+
+    Unlike the pipeline it takes any rotary tables, so that a model half way through training can be judged at
+    the picture size and position stride that it has been trained at.
+    """
+    shift = shift_for(tokens.shape[1])
+    times = torch.linspace(1, 1 / steps, steps)
+    times = torch.cat([shift * times / (1 + (shift - 1) * times), torch.zeros(1)]).to(tokens.device)
+    for now, then in itertools.pairwise(times):
+        guess = velocity(transformer, tokens, now.expand(len(tokens)), text, pooled, rope)
+        tokens = tokens + (then - now) * guess
+    return tokens
+
+
+def unpack(tokens: Tensor, side: int) -> Tensor:
+    """The inverse of `pack` for square latents of `side`² tokens."""
+    b, _, c = tokens.shape
+    return (
+        tokens.view(b, side, side, c // 4, 2, 2)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(b, c // 4, 2 * side, 2 * side)
+    )

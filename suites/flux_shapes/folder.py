@@ -12,8 +12,8 @@ MOST_BYTES = 20_000_000
 def write_folder(pipe: Any, folder: Path) -> None:
     """Save the pipeline, with the tokenizer class names that FluxPipeline is declared with.
 
-    The text encoders are declared float32 whatever the stored dtype: without a dtype from the caller, transformers
-    takes this declaration and diffusers takes float32, and the two must agree.
+    The text encoders are declared float32 whatever the stored dtype: without a dtype from the caller,
+    transformers takes this declaration and diffusers takes float32, and the two must agree.
     """
     pipe.save_pretrained(folder, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2"):

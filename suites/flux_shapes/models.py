@@ -1,4 +1,4 @@
-"""The parts of the pipeline and their sizes: autoencoder, transformer, text encoders, tokenizers, scheduler."""
+"""The parts of the pipeline and their sizes: autoencoder, transformer, text encoders, tokenizers."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ FULL = Sizes()
 MINIATURE = Sizes((8, 8, 8), 4, 4, 1, 1, 1, 16, 1, 16, 1)
 """For tests: the same parts, small enough to train for a few steps on a CPU."""
 TOKEN_PIXELS = 8
+TEXT_LENGTH = 64
+"""Padded T5 length that everything is trained at: `max_sequence_length` in the pipeline."""
 
 
 def build_vae(sizes: Sizes) -> Any:
@@ -62,7 +64,7 @@ def build_vae(sizes: Sizes) -> Any:
 
 
 def build_transformer(sizes: Sizes) -> Any:
-    """A fresh `FluxTransformer2DModel`; modulations and output start at zero, so every block starts as identity."""
+    """A fresh `FluxTransformer2DModel`; zero modulations and output make every block start as identity."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -160,6 +162,10 @@ class Parts:
     denoiser: Denoiser
     clip_tokenizer: Any
     t5_tokenizer: Any
+
+    def captioner(self, device: torch.device | str) -> Captioner:
+        """Token ids for these tokenizers, made on `device`."""
+        return Captioner(self.clip_tokenizer, self.t5_tokenizer, device)
 
     def pipeline(self, dtype: torch.dtype | None = None) -> Any:
         """The parts as a `FluxPipeline`; cast (in place) when a dtype is given."""

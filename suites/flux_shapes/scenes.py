@@ -29,9 +29,8 @@ RADII = torch.tensor(
     ]
 )
 """Least and greatest radius by number of things (1, 2, 3) and size (small, medium, large)."""
-_SPACING = torch.tensor([0.0, 0.94, 0.64])
-_JITTER_ALONG = torch.tensor([0.06, 0.05, 0.025])
-_JITTER_ACROSS = torch.tensor([0.06, 0.18, 0.18])
+_SPREAD = torch.tensor([[0.0, 0.06, 0.06], [0.94, 0.05, 0.18], [0.64, 0.025, 0.18]])
+"""By number of things: distance between neighbours, and jitter of centres along and across their line."""
 _PLACE_OFFSET = 0.52
 _MARGIN = 0.97
 _POOL = 16384
@@ -41,9 +40,10 @@ _POOL = 16384
 class Scenes:
     """B scenes. Everything a caption says is here, and the drawn centres and radii that it leaves open.
 
-    count `(B,)` 1 to 3; shape, colour, size `(B, 3)` indices into SHAPES, COLOURS, SIZES; relation `(B,)` into
-    RELATIONS (meant when count > 1); place `(B,)` 0 for none, else 1 + index into PLACES; background `(B,)` 0 for
-    unnamed, else 1 + index into BACKGROUNDS; soft, to_the `(B,)` bool; centre `(B, 3, 2)`; radius `(B, 3)`.
+    count `(B,)` 1 to 3; shape, colour, size `(B, 3)` indices into SHAPES, COLOURS, SIZES; relation `(B,)`
+    into RELATIONS (meant when count > 1); place `(B,)` 0 for none, else 1 + index into PLACES; background
+    `(B,)` 0 for unnamed, else 1 + index into BACKGROUNDS; soft, to_the `(B,)` bool; centre `(B, 3, 2)`;
+    radius `(B, 3)`.
     """
 
     count: Tensor
@@ -136,18 +136,46 @@ def random_scenes(number: int, generator: torch.Generator) -> Scenes:
 
 def _centres(count: Tensor, relation: Tensor, place: Tensor, jitter: Tensor) -> Tensor:
     """Centres `(B, 3, 2)` before they are kept inside the picture."""
-    rank = torch.arange(MOST_THINGS) - (count[:, None] - 1) / 2
+    spacing, jitter_along, jitter_across = _SPREAD.to(count.device)[count - 1, :, None].unbind(1)
+    rank = torch.arange(MOST_THINGS, device=count.device) - (count[:, None] - 1) / 2
     sign = torch.where(relation % 2 == 0, 1.0, -1.0)[:, None]
-    along = rank * sign * _SPACING[count - 1][:, None] + jitter[..., 0] * _JITTER_ALONG[count - 1][:, None]
-    across = jitter[..., 1] * _JITTER_ACROSS[count - 1][:, None]
+    along = rank * sign * spacing + jitter[..., 0] * jitter_along
+    across = jitter[..., 1] * jitter_across
     sideways = (relation >= 2)[:, None]
     centre = torch.stack([torch.where(sideways, along, across), torch.where(sideways, across, along)], -1)
-    offsets = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]]) * _PLACE_OFFSET
+    offsets = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], device=count.device) * _PLACE_OFFSET
     return centre + offsets[place][:, None]
 
 
+def meant_centres(scenes: Scenes) -> Tensor:
+    """The centres `(B, 3, 2)` that the captions mean, before chance moves them; on the scenes' device."""
+    return _centres(scenes.count, scenes.relation, scenes.place, torch.zeros_like(scenes.centre))
+
+
 def caption_words(scenes: Scenes) -> Tensor:
-    """Captions as word indices `(B, L)` into WORDS, left-aligned, 0 after the last word. On the scenes' device."""
+    """Captions as word indices `(B, L)` into WORDS, left-aligned, then 0; on the scenes' device."""
+    words = _caption_slots(scenes)
+    return words.gather(1, _left_aligned(words))
+
+
+def caption_owners(scenes: Scenes) -> Tensor:
+    """For each word of `caption_words`, which thing it is part of: 0 to 2, or -1 for none."""
+    words = _caption_slots(scenes)
+    owner = torch.tensor(_SLOT_OWNERS, device=words.device)
+    return torch.where(words > 0, owner, -1).gather(1, _left_aligned(words))
+
+
+_SLOT_OWNERS = (*[0] * 4, *[-1] * 4, *[1] * 4, *[-1] * 4, *[2] * 4, *[-1] * 8)
+"""Thing of each slot: article, size, colour, shape of each; -1 for relations, place and background."""
+MOST_WORDS = len(_SLOT_OWNERS)
+
+
+def _left_aligned(words: Tensor) -> Tensor:
+    return (words == 0).to(torch.int8).argsort(dim=1, stable=True)
+
+
+def _caption_slots(scenes: Scenes) -> Tensor:
+    """Every word in its own slot `(B, 28)`, 0 where it goes unsaid."""
     device = scenes.count.device
 
     def table(*words: str) -> Tensor:
@@ -184,12 +212,11 @@ def caption_words(scenes: Scenes) -> Tensor:
         torch.where(named, w, none)
         for w in (constant("on"), ground_article, soft, ground, constant("background"))
     ]
-    words = torch.stack(slots, 1)
-    return words.gather(1, (words == 0).to(torch.int8).argsort(dim=1, stable=True))
+    return torch.stack(slots, 1)
 
 
 def scene_batches(batch: int, seed: int, device: torch.device | str) -> Iterator[Scenes]:
-    """Endless batches of new scenes on `device`, drawn on the CPU in large pools so that a step costs no Python."""
+    """Endless batches of new scenes, drawn on the CPU in large pools so that a step costs no Python."""
     generator = torch.Generator().manual_seed(seed)
     pool_size = max(1, _POOL // batch) * batch
     while True:

@@ -1,11 +1,12 @@
-"""The two tokenizers that a FLUX pipeline needs, over the caption words, and the same encoding as a tensor look-up.
+"""The two tokenizers of a FLUX pipeline, over the caption words, and the same encoding as a look-up.
 
-Every caption word is one token in both; other words fall apart into letters. Training builds its token ids with
-`token_table` (a gather on the device); a test holds that equal to what the tokenizers themselves give.
+Every caption word is one token in both; other words fall apart into letters. Training builds its token ids
+with `token_table` (a gather on the device); a test holds that equal to what the tokenizers themselves give.
 """
 
 from __future__ import annotations
 
+import itertools
 import string
 from typing import Any
 
@@ -21,13 +22,13 @@ _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges after which each word is one symbol: always the most frequent pair, ties by spelling."""
+    """Byte-pair merges after which each word is one symbol: the most frequent first, ties by spelling."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(symbols) > 1 for symbols in spelled):
         pairs: dict[tuple[str, str], int] = {}
         for symbols in spelled:
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in itertools.pairwise(symbols):
                 pairs[pair] = pairs.get(pair, 0) + 1
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
@@ -79,7 +80,7 @@ def token_table(tokenizer: Any) -> Tensor:
 
 
 def clip_ids(words: Tensor, table: Tensor, start: int, end: int) -> Tensor:
-    """Word indices `(B, L)` to CLIP token ids `(B, CLIP_LENGTH)`: start, words, then end as end and as padding."""
+    """Word indices `(B, L)` to CLIP ids `(B, CLIP_LENGTH)`: start, words, then end as end and padding."""
     tokens = torch.where(words > 0, table[words], end)
     return F.pad(F.pad(tokens, (1, 0), value=start), (0, CLIP_LENGTH - 1 - tokens.shape[1]), value=end)
 

@@ -68,6 +68,7 @@ class Thing:
     shape: str
 
     def caption(self) -> str:
+        """The thing in words, with its article."""
         words = [self.colour, self.shape] if self.size == "medium" else [self.size, self.colour, self.shape]
         return " ".join([article(words[0]), *words])
 
@@ -76,8 +77,8 @@ class Thing:
 class Description:
     """What a caption says.
 
-    Two or three `things` stand in one `relation`, each to the next; a lone thing may have a `place`. `background`
-    None means unnamed; `soft` is a vertical gradient, lighter at the top.
+    Two or three `things` stand in one `relation`, each to the next; a lone thing may have a `place`.
+    `background` None means unnamed; `soft` is a vertical gradient, lighter at the top.
     """
 
     things: tuple[Thing, ...]
@@ -131,6 +132,7 @@ def parse(caption: str) -> Description:
     found = Description(tuple(things), relation, place, background, soft, "to" in rest)
     if not things or found.caption() != caption:
         raise ValueError(
-            f"caption: expected the flux-shapes language, e.g. 'a red circle above a blue square', got {caption!r}"
+            f"caption: expected the flux-shapes language, e.g. 'a red circle above a blue square', "
+            f"got {caption!r}"
         )
     return found
