@@ -23,7 +23,7 @@ from chipmunk_kernels.settings import LaunchSettings, choice
 class SparseMlpSettings(LaunchSettings):
     """`scratch_mib` bounds the gathered weights that one product reads."""
 
-    scratch_mib: int = choice(8, 1, 2, 4, 8, 16, 32)
+    scratch_mib: int = choice(4, 1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
