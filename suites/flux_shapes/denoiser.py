@@ -170,12 +170,18 @@ class DenoiserTrainer:
         clip_ids, t5_ids = self._captioner(scenes, TEXT_LENGTH)
         return denoiser.t5(t5_ids)[0], denoiser.clip(clip_ids).pooler_output
 
-    @torch.no_grad()
     def sample(self, scenes: Scenes, task: Task, steps: int, seed: int) -> Tensor:
         """Pictures `(B, 3, size, size)` in [0, 1] of the captions, by the averaged weights; on the CPU."""
-        average, vae = self.ema.module, self.parts.vae
+        channels = 4 * self.parts.vae.config.latent_channels
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(scenes), task.side**2, 4 * vae.config.latent_channels, generator=generator)
+        return self.draw_from(
+            torch.randn(len(scenes), task.side**2, channels, generator=generator), scenes, task, steps
+        )
+
+    @torch.no_grad()
+    def draw_from(self, noise: Tensor, scenes: Scenes, task: Task, steps: int) -> Tensor:
+        """As `sample`, from given noise tokens `(B, side², 4C)`."""
+        average, vae = self.ema.module, self.parts.vae
         text, pooled = self._read(average, scenes)
         rope = self._rotary(task)
         tokens = flow.sample(average.transformer, noise.to(self.device), steps, text, pooled, rope)

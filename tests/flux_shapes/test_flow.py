@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from suites.flux_shapes import flow
 from suites.flux_shapes.autoencoder import encode, standardise
+from suites.flux_shapes.clock import Clock, Log
+from suites.flux_shapes.denoiser import DenoiserTrainer, Recipe, Task
 from suites.flux_shapes.drawing import draw
 from suites.flux_shapes.models import MINIATURE, Parts, build
 from suites.flux_shapes.scenes import random_scenes
@@ -98,3 +102,49 @@ def test_times_follow_the_sampler_s_shift() -> None:
     # Shift s maps the median 1/2 to s / (1 + s).
     assert few.median().item() == pytest.approx(flow.shift_for(256) / (1 + flow.shift_for(256)), abs=0.02)
     assert many.median().item() == pytest.approx(flow.shift_for(4096) / (1 + flow.shift_for(4096)), abs=0.02)
+
+
+def test_the_preview_sampler_is_the_pipeline_s(parts: Parts) -> None:
+    """At stride 1 the sampler that judges half-trained models draws what FluxPipeline draws."""
+    scenes = random_scenes(2, torch.Generator().manual_seed(10))
+    noise = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(11))
+    pipe = parts.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    captions = [scenes.describe(row).caption() for row in range(2)]
+    expected = pipe(
+        captions,
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        latents=noise,
+        output_type="pt",
+        max_sequence_length=64,
+    ).images
+    log = Log(Clock(60.0), Path("unused"))
+    trainer = DenoiserTrainer(parts, Recipe(), 0, contextlib.nullcontext, log)
+    task = Task(size=64, batch=2, stride=1)
+    got = trainer.draw_from(noise, scenes, task, steps=3)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(trainer.sample(scenes, task, 3, seed=1), got, atol=1e-2)
+
+
+def test_packing_comes_undone() -> None:
+    latents = torch.randn(2, 4, 8, 8)
+    assert torch.equal(flow.unpack(flow.pack(latents), side=4), latents)
+
+
+def test_text_encoders_learn_slower_than_the_transformer() -> None:
+    built = build(MINIATURE, "cpu", seed=12)
+    before = {name: p.clone() for name, p in built.denoiser.named_parameters()}
+    recipe = Recipe(text_rate=0.25, weight_decay=0.0)
+    trainer = DenoiserTrainer(built, recipe, 0, contextlib.nullcontext, Log(Clock(60.0), Path("unused")))
+    for _ in range(3):  # the output starts at zero: what lies before it learns from the second step on
+        trainer.train_step(Task(size=32, batch=2, stride=2), rate=1e-3)
+    moved: dict[str, float] = {}
+    for name, p in built.denoiser.named_parameters():
+        part = name.split(".")[0]
+        moved[part] = max(moved.get(part, 0.0), (p - before[name]).abs().max().item())
+    # Adam moves a weight by about its rate in a step, three times here.
+    assert 1e-3 < moved["transformer"] < 4e-3
+    assert 0 < moved["t5"] < 1e-3
+    assert 0 < moved["clip"] < 1e-3
