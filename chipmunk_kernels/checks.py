@@ -63,6 +63,7 @@ def contiguous_last(name: str, x: Tensor) -> None:
 
 
 def positive(name: str, value: int) -> None:
+    """Raise ValueError unless `value` is at least 1."""
     if value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
 

@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, so it must be set before any test module imports a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The tests' tensors are small: a second thread waits more than it works, above all beside another busy process
+# (the HunyuanVideo tests took five times as long on two threads). Tests of speed choose their own number.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests, saying why, where there is no CUDA device."""

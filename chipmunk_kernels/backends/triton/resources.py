@@ -161,6 +161,7 @@ def table(rows: Sequence[Resources]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile the kernels asked for and print what each uses; returns the exit code."""
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and report what it uses.")
     parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="sm_NN")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only cases whose names start so")
