@@ -15,7 +15,12 @@ VAE_SECONDS, TEXT_SECONDS = 70.0, 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `resume` continues that model, or with `fresh_denoiser` only its autoencoder."""
+    """One run. `resume` continues that model, except what `fresh` names ("text", "all-but-vae").
+
+    Encoders that learnt from pictures alone learn captions slower than new ones do: after 300 steps of 64
+    captions their loss was 0.29, that of new ones 0.09. The transformer soon reads new ones: after 75 steps at
+    64 pixels its loss was 0.23, that of a new transformer 0.53.
+    """
 
     sizes: Sizes
     stages: tuple[Stage, ...]
@@ -35,15 +40,13 @@ class Plan:
     preview_steps: int = 12
     evaluate_size: int = 512
     resume: Path | None = None
-    fresh_denoiser: bool = False
+    fresh: str | None = None
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """The plan that train's command line asks for; raises ValueError for options that make no plan."""
-    if options.fresh_denoiser and options.resume is None:
-        raise ValueError(
-            "--fresh-denoiser: expected --resume with the model whose autoencoder is kept, got none"
-        )
+    if options.fresh and options.resume is None:
+        raise ValueError("--fresh: expected --resume with the model whose other parts are kept, got none")
     if options.miniature:
         return Plan(
             MINIATURE,
@@ -62,7 +65,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             preview_steps=2,
             evaluate_size=64,
             resume=options.resume,
-            fresh_denoiser=options.fresh_denoiser,
+            fresh=options.fresh,
         )
     names = options.stages.split(",")
     kept = [stage for stage in STAGES if stage.name in names]
@@ -82,5 +85,5 @@ def make_plan(options: argparse.Namespace) -> Plan:
         options.seed,
         vae_seconds=vae_seconds,
         resume=options.resume,
-        fresh_denoiser=options.fresh_denoiser,
+        fresh=options.fresh,
     )

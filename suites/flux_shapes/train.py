@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=Path, help="pipeline folder, or directory with archive parts, to train further"
     )
     p.add_argument(
-        "--fresh-denoiser", action="store_true", help="keep only the autoencoder of the resumed model"
+        "--fresh",
+        choices=("text", "all-but-vae"),
+        help="parts of the resumed model to make anew: the text encoders, or all but the autoencoder",
     )
     p.add_argument("--vae-seconds", type=float, help="time for the autoencoder (default 70, 0 when resuming)")
     p.add_argument(
@@ -172,14 +174,16 @@ def _rehearse(plan: Plan, parts: Parts, out: Path, device: torch.device, clock: 
 
 
 def initial_parts(plan: Plan, device: torch.device) -> Parts:
-    """The parts that training starts from: fresh, resumed, or a resumed autoencoder with a fresh rest."""
+    """The parts that training starts from: fresh, resumed, or resumed with some parts fresh."""
     from suites.flux_shapes.models import build
 
     fresh = build(plan.sizes, device, plan.seed)
     if plan.resume is None:
         return fresh
     resumed = _resumed(plan.resume, device)
-    if plan.fresh_denoiser:
+    if plan.fresh == "text":
+        resumed.denoiser.t5, resumed.denoiser.clip = fresh.denoiser.t5, fresh.denoiser.clip
+    elif plan.fresh == "all-but-vae":
         resumed.denoiser = fresh.denoiser
     return resumed
 

@@ -14,7 +14,7 @@ from suites.flux_shapes.archive import read_parts, write_parts
 from suites.flux_shapes.evaluation import sample
 from suites.flux_shapes.folder import folder_bytes
 from suites.flux_shapes.models import load
-from suites.flux_shapes.plan import Plan, make_plan
+from suites.flux_shapes.plan import make_plan
 
 MINIATURE = ["--miniature", "--device", "cpu", "--minutes", "2"]
 
@@ -83,27 +83,34 @@ def test_parts_carry_a_folder_byte_for_byte(tmp_path: Path) -> None:
     assert (back / "deep" / "data").read_bytes() == content
 
 
-def test_resuming_keeps_the_weights_and_a_fresh_denoiser_only_the_autoencoder(trained: Path) -> None:
-    def plan(*extra: str) -> Plan:
-        options = ["--out", "unused", *MINIATURE, "--resume", str(trained), *extra]
-        return make_plan(train.parser().parse_args(options))
+def test_resuming_keeps_all_parts_but_those_asked_fresh(trained: Path) -> None:
+    def parts(*extra: str) -> dict[str, list[torch.Tensor]]:
+        options = ["--out", "unused", *MINIATURE, *extra]
+        built = train.initial_parts(make_plan(train.parser().parse_args(options)), torch.device("cpu"))
+        modules = {"vae": built.vae, **dict(built.denoiser.named_children())}
+        return {name: list(module.parameters()) for name, module in modules.items()}
 
-    cpu = torch.device("cpu")
-    whole = train.initial_parts(plan(), cpu)
-    only_vae = train.initial_parts(plan("--fresh-denoiser"), cpu)
+    resume = ["--resume", str(trained)]
+    whole, fresh = parts(*resume), parts()
 
-    def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-        return all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    def kept(*extra: str) -> set[str]:
+        got = parts(*resume, *extra)
+        for name, values in got.items():  # every part is either the resumed or the fresh one, whole
+            source = whole if values[0].equal(whole[name][0]) else fresh
+            assert all(a.equal(b) for a, b in zip(values, source[name], strict=True))
+        return {name for name, values in got.items() if values[0].equal(whole[name][0])}
 
-    assert same(whole.vae, only_vae.vae)
-    assert not same(whole.denoiser.t5, only_vae.denoiser.t5)
+    assert not any(whole[name][0].equal(fresh[name][0]) for name in whole)
+    assert kept() == {"vae", "transformer", "t5", "clip"}
+    assert kept("--fresh", "text") == {"vae", "transformer"}
+    assert kept("--fresh", "all-but-vae") == {"vae"}
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--device", "cpu", "--stages", "100"], "--stages: expected some of 128,256,512, got 100"),
-        (["--device", "cpu", "--fresh-denoiser"], "--fresh-denoiser: expected --resume"),
+        (["--device", "cpu", "--fresh", "text"], "--fresh: expected --resume"),
     ],
 )
 def test_wrong_options_say_what_is_expected(
