@@ -15,11 +15,11 @@ VAE_SECONDS, TEXT_SECONDS = 70.0, 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `resume` continues that model, except what `fresh` names ("text", "all-but-vae").
+    """One run. `resume` continues that model, except what `fresh` names ("text" or "all-but-vae").
 
     Encoders that learnt from pictures alone learn captions slower than new ones do: after 300 steps of 64
-    """One run. `resume` continues that model, except for what `fresh` names: "text" or "all-but-vae".
-    64 pixels its loss was 0.23, that of a new transformer 0.53.
+    captions their loss was 0.29, that of new ones 0.09. The transformer soon reads new ones: after 75 steps
+    at 64 pixels its loss was 0.23, that of a new transformer 0.53.
     """
 
     sizes: Sizes
