@@ -225,7 +225,7 @@ def resolve_profile(path: str | None, device: torch.device) -> Any:
 
 
 def _profile_note(profile: Any) -> str:
-    return f"{profile.path} ({profile.rung})" if profile.path else str(profile.rung)
+    return f"{profile.path.name} ({profile.rung})" if profile.path else str(profile.rung)
 
 
 def resolve_policy(name: str, profile: Any) -> Policy:
