@@ -1,8 +1,9 @@
 """ColumnSet: which columns each group of rows keeps.
 
-A *group* is `group_size` consecutive rows (queries, or MLP tokens) that share one selection; the last may be
-ragged. A *column* is a key/value position (attention) or a hidden neuron (MLP). Only kept slots are stored: at
-HunyuanVideo size a list as wide as the sequence would take 7 GB a layer, the kept 5 % takes 0.36 GB.
+A *group* is `group_size` consecutive rows (queries, or MLP tokens) that share one selection; the last may
+be ragged. A *column* is a key/value position (attention) or a hidden neuron (MLP). Only kept slots are
+stored: at HunyuanVideo size a list as wide as the sequence would take 7 GB a layer, the kept 5 % takes
+0.36 GB.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class ColumnSet:
     """Kept columns of every (batch, head, group).
 
     Attributes:
-        indices: int32 `(B, H, G, C)`. The first `counts` slots of a row are distinct and ascending; the padding
-            slots after them hold any valid column index, so a kernel may load through them and mask later.
+        indices: int32 `(B, H, G, C)`. The first `counts` slots of a row are distinct and ascending; the
+            padding slots after them hold any valid column index, so a kernel may load through them and mask
+            later.
         counts: int32 `(B, H, G)`, `0 <= counts <= C`. Any count is legal, not only multiples of a tile.
         group_size: rows that share one selection.
 
@@ -111,7 +113,8 @@ class ColumnSet:
         expected = group_count(rows, self.group_size)
         if self.groups != expected:
             raise ValueError(
-                f"columns: {rows} rows in groups of {self.group_size} make {expected} groups, got {self.groups}"
+                f"columns: {rows} rows in groups of {self.group_size} make {expected} groups, "
+                f"got {self.groups}"
             )
         if self.counts.numel() == 0:
             return
@@ -126,21 +129,34 @@ class ColumnSet:
         descending = (self.indices[..., 1:] <= self.indices[..., :-1]) & self.kept()[..., 1:]
         if bool(descending.any()):
             where = tuple(descending.nonzero()[0].tolist())
-            raise ValueError(f"indices: kept columns must ascend strictly; they do not at (b, h, g, slot) {where}")
+            raise ValueError(
+                f"indices: kept columns must ascend strictly; they do not at (b, h, g, slot) {where}"
+            )
 
     @classmethod
     def full(
-        cls, batch: int, heads: int, rows: int, columns: int, group_size: int, device: torch.device | str = "cpu"
+        cls,
+        batch: int,
+        heads: int,
+        rows: int,
+        columns: int,
+        group_size: int,
+        device: torch.device | str = "cpu",
     ) -> ColumnSet:
         """Every group keeps every column: the dense case."""
         groups = group_count(rows, group_size)
-        indices = torch.arange(columns, dtype=torch.int32, device=device).expand(batch, heads, groups, columns)
+        indices = torch.arange(columns, dtype=torch.int32, device=device).expand(
+            batch, heads, groups, columns
+        )
         counts = torch.full((batch, heads, groups), columns, dtype=torch.int32, device=device)
         return cls(indices.contiguous(), counts, group_size)
 
     @classmethod
     def from_lists(
-        cls, lists: Sequence[Sequence[Sequence[Sequence[int]]]], group_size: int, device: torch.device | str = "cpu"
+        cls,
+        lists: Sequence[Sequence[Sequence[Sequence[int]]]],
+        group_size: int,
+        device: torch.device | str = "cpu",
     ) -> ColumnSet:
         """Build from nested Python lists `[batch][head][group] -> columns` (tests and small examples)."""
         counts = torch.tensor([[[len(g) for g in h] for h in b] for b in lists], dtype=torch.int32)

@@ -79,7 +79,7 @@ class Problem:
         )
 
     def distance(self, other: Problem) -> float:
-        """How unlike two problems are: log distance in work and in aspect; infinite where a kernel could not serve both.
+        """How unlike two problems are: log distance in work and aspect; infinite where no kernel serves both.
 
         Operation, dtype and width must agree (they select the compiled kernel). Group size counts as aspect.
         """

@@ -63,7 +63,9 @@ def kernel(operation: str, backend: str) -> Kernel:
     """The kernel of `operation` in `backend`. Raises ValueError if the backend has none."""
     found = kernels(backend).get(operation)
     if found is None:
-        raise ValueError(f"{operation}: the {backend} backend has no such kernel; it has {sorted(kernels(backend))}")
+        raise ValueError(
+            f"{operation}: the {backend} backend has no such kernel; it has {sorted(kernels(backend))}"
+        )
     return found
 
 

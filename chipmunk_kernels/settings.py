@@ -45,5 +45,5 @@ class LaunchSettings:
         return json.dumps(self.as_dict(), sort_keys=True)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        """Why these settings cannot run this problem, or None. Lets the tuner drop candidates before building them."""
+        """Why these settings cannot run this problem, or None: the tuner drops such candidates unbuilt."""
         return None

@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, so it must be set before any test module imports a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tests' tensors are small: a second thread waits more than it works, above all beside another busy process
-# (the HunyuanVideo tests took five times as long on two threads). Tests of speed choose their own number.
+# The tests' tensors are small: a second thread waits more than it works, above all beside another busy
+# process (the HunyuanVideo tests took five times as long on two threads). Tests of speed choose their own.
 torch.set_num_threads(1)
 
 

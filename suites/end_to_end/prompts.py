@@ -1,8 +1,8 @@
 """The fixed prompts: a record of all eight compares with any other record of all eight.
 
 They speak the caption language of the shipped flux-shapes model (a test checks it) and cover one to three
-things, every relation, a place, sizes and backgrounds; a full-size model understands them too. Those with more
-to draw come first: fidelity suffers there first, so a policy search ends a poor trial after one picture.
+things, every relation, a place, sizes and backgrounds; a full-size model understands them too. Those with
+more to draw come first: fidelity suffers there first, so a policy search ends a poor trial after one picture.
 """
 
 from __future__ import annotations

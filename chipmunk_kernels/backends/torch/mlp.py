@@ -1,8 +1,9 @@
 """The column-sparse MLP, one token group after another: gather the weight rows, then library products.
 
 The gathered weights of a group, 22 MB each at FLUX size, would travel to memory and back. So both products
-run over parts of their output, whose gathered weights stay in cache: 8.8 ms instead of 10.7 ms a group,
-measured on 2 cores.
+run over parts of their output, whose gathered weights stay in cache. The first product is neuron-major, as
+the cache is: with the weights on the left it is also the faster one (4.2 ms a group with its gather instead
+of 7.7; idle 2-core AVX-512 CPU, 3072 wide, 3686 neurons, 128 tokens).
 """
 
 from __future__ import annotations
@@ -83,12 +84,14 @@ def _group(
     """One group: x `(R, K)`, neurons `(C,)`, cache `(F, R)` and output `(R, Kout)` changed in place."""
     if len(neurons) == 0:
         return
-    middle = x.new_empty(len(x), len(neurons))
+    middle = x.new_empty(len(neurons), len(x))
     for part in _parts(len(neurons), x.shape[1] * x.element_size(), scratch_bytes):
-        bias = None if b1 is None else b1.index_select(0, neurons[part])
-        middle[:, part] = F.linear(x, w1.index_select(0, neurons[part]), bias)
-    # The cache is neuron-major: one transposed copy costs less than strided reads and writes.
-    fresh = F.gelu(middle, approximate="tanh").t().contiguous()
+        weights = w1.index_select(0, neurons[part])
+        if b1 is None:
+            torch.mm(weights, x.t(), out=middle[part])
+        else:
+            torch.addmm(b1.index_select(0, neurons[part]).unsqueeze(1), weights, x.t(), out=middle[part])
+    fresh = F.gelu(middle, approximate="tanh")
     change = fresh - cache.index_select(0, neurons)
     if kept is not None:
         change.masked_fill_(~kept.unsqueeze(1), 0)
