@@ -176,6 +176,11 @@ def wait_for_a_trial(process: subprocess.Popen[str], storage: Path) -> None:
         time.sleep(0.005)
 
 
+def hear_interrupts() -> None:
+    """A job that a shell runs in the background ignores SIGINT, and so would every process it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_search_resumes_without_losing_or_repeating_a_trial(
@@ -187,7 +192,11 @@ def test_a_killed_search_resumes_without_losing_or_repeating_a_trial(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = {"cwd": ROOT, "env": environment, "text": True}
     process = subprocess.Popen(
-        command(suite, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
+        command(suite, folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hear_interrupts,
+        **options,
     )  # type: ignore[call-overload]
     wait_for_a_trial(process, storage)
     process.send_signal(how)
