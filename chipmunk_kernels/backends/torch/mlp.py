@@ -46,9 +46,10 @@ def sparse_mlp(
     size = columns.group_size
     on_host = x.device.type == "cpu"
     kept = columns.kept()[:, 0]
-    # At least the 64 rows that a part holds, however wide.
-    widest = 64 * max(x.shape[2], columns.capacity)
-    scratch = x.new_empty(max(widest, (settings.scratch_mib << 20) // x.element_size()))
+    # All that a group gathers, as far as the setting goes; but a part holds 64 rows, however wide.
+    most = columns.capacity * max(w1.shape[1], w2_by_neuron.shape[1])
+    least = 64 * max(w1.shape[1], columns.capacity)
+    scratch = x.new_empty(max(least, min(most, (settings.scratch_mib << 20) // x.element_size())))
     for b in range(columns.batch):
         for g in range(columns.groups):
             # On the host the counts can be read, and only kept neurons computed; elsewhere padding is masked.
