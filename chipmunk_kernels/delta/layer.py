@@ -7,6 +7,7 @@ every step compiled anew.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -26,7 +27,7 @@ OUTSIDE = "called outside the transformer's forward: no step is known"
 AUTOGRAD = "autograd is on: call under torch.no_grad()"
 
 
-class Layer(Generic[Delta]):
+class Layer(ABC, Generic[Delta]):
     """What attention and MLP layers have in common.
 
     Attributes:
@@ -75,8 +76,9 @@ class Layer(Generic[Delta]):
             self._deltas[branch] = self._make()
         return self._deltas[branch]
 
+    @abstractmethod
     def _make(self) -> Delta:
-        raise NotImplementedError
+        """Fresh state for one guidance branch."""
 
 
 class AttentionLayer(Layer[AttentionDelta]):
