@@ -20,7 +20,7 @@ import torch
 
 from chipmunk_kernels.settings import LaunchSettings
 
-BACKENDS = ("torch", "triton", "cupy")
+BACKENDS = ("torch", "triton", "cupy", "cupy_hopper")
 
 
 @dataclass(frozen=True)

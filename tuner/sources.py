@@ -32,7 +32,7 @@ def all_sources_hash() -> str:
     root = Path(chipmunk_kernels.backends.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".cu"):
+        if path.suffix in (".py", ".cu", ".cuh"):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -48,7 +48,7 @@ def _module_hash(module: str) -> str:
 
 
 def _files(module: str) -> set[Path]:
-    """The module's file, the backend modules it imports, and CUDA sources beside it, each once."""
+    """The module's file, the backend modules it imports, the CUDA source of the same name and its headers."""
     pending, seen, found = [module], set(), set()
     while pending:
         name = pending.pop()
@@ -57,7 +57,9 @@ def _files(module: str) -> set[Path]:
             continue
         seen.add(name)
         found.add(path)
-        found.update(path.parent.glob("*.cu") if path.name != "__init__.py" else ())
+        cuda = path.with_suffix(".cu")
+        if cuda.is_file():
+            found.update((cuda, *path.parent.glob("*.cuh")))
         pending += [imported for imported in _imports(path) if imported.startswith(_PACKAGE + ".")]
     return found
 

@@ -6,7 +6,8 @@ the kernel for the process; `launch` runs it. RawModule by itself compiles for p
 the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with an "a" alone: so NVRTC
 is called here, the binary kept in CuPy's cache folder, and RawModule loads it from there.
 
-The sources include no header: a CuPy that came from pip finds NVRTC, but often no CUDA toolkit.
+The sources include no header but their neighbours, whose text is put in their place: a CuPy that came from
+pip finds NVRTC, but often no CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024
+_INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,19 @@ class Source:
     """A .cu file with its compile-time parameters: what one binary is made of.
 
     Attributes:
-        file: name of a file in this folder.
+        file: name of the file.
         defines: macro names and values.
+        folder: where the file and those that it includes are.
     """
 
     file: str
     defines: tuple[tuple[str, int], ...] = ()
+    folder: Path = FOLDER
 
     def code(self) -> str:
-        return (FOLDER / self.file).read_text(encoding="utf-8")
+        """The file, with each `#include "NAME"` replaced by that neighbour's text."""
+        text = (self.folder / self.file).read_text(encoding="utf-8")
+        return _INCLUDE.sub(lambda line: (self.folder / line[1]).read_text(encoding="utf-8"), text)
 
     def options(self, architecture: str) -> tuple[str, ...]:
         """NVRTC options for an architecture such as "sm_90a", or "compute_90" for portable PTX."""
