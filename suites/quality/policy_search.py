@@ -1,4 +1,4 @@
-"""The study behind `tune_policy`: cached dense runs, frugal trials, a final check over all prompts."""
+"""The study behind `tune_policy`: cached dense runs, frugal trials, a final check over all cases."""
 
 from __future__ import annotations
 
@@ -24,10 +24,18 @@ from suites.quality.fidelity import psnr
 from suites.quality.policy_space import choose, starting_points
 
 SLOWER = 1.05
-"""A prompt this much slower than the best policy's mean cannot win; less may be noise of a shared machine."""
+"""A generation this much slower than the best policy's mean cannot win; less may be a shared machine's noise."""
 
 FAR = 200.0
 """Stands for an infinite PSNR or shortfall in dB: databases and JSON hold no infinity."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One generation to be matched: a prompt, and the seed of its noise."""
+
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Found:
-    """A policy that holds the floor on every checked prompt."""
+    """A policy that holds the floor on every checked case."""
 
     policy: Policy
     speedup: float
@@ -57,9 +65,11 @@ class Search:
         name: of the policies tried.
         start: where the search begins.
         folder: for the study's database and the dense runs; belongs to one model, size, step count and seed.
-        steps, seed: of each generation.
+        steps: of each generation.
+        seed: of the search itself.
         floor: least PSNR in dB against the dense run.
-        prompts: tried in each trial, in this order.
+        cases: that the policy is for.
+        per_trial: how many of them a trial tries: the hardest for `start`, hardest first.
     """
 
     subject: Subject
@@ -70,8 +80,9 @@ class Search:
     steps: int
     seed: int
     floor: float
-    prompts: list[str]
-    _dense: dict[str, Dense] = field(default_factory=dict)
+    cases: list[Case]
+    per_trial: int
+    _dense: dict[Case, Dense] = field(default_factory=dict)
     _study: optuna.Study | None = None
 
     @property
@@ -84,7 +95,7 @@ class Search:
         return len(self.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def study(self) -> optuna.Study:
-        """The study of this floor and these prompts, opened or begun."""
+        """The study of this floor and these cases, opened or begun."""
         if self._study is None:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             with warnings.catch_warnings():
@@ -97,7 +108,7 @@ class Search:
                     constraints_func=_shortfall,
                 )
             self._study = optuna.create_study(
-                study_name=f"floor {self.floor:g} dB, {len(self.prompts)} prompts",
+                study_name=f"floor {self.floor:g} dB, {self.per_trial} of {len(self.cases)} cases",
                 storage=self.storage,
                 sampler=sampler,
                 load_if_exists=True,
@@ -121,21 +132,32 @@ class Search:
         warm_up(self.subject, self.start, self.profile, self.seed)
         study.optimize(self._objective, n_trials=missing, catch=(UsageError,))
 
-    def check(self, prompts: list[str], finalists: int) -> Found | None:
-        """The fastest trial that holds the floor on every prompt; None if no finalist does."""
+    def hardest(self) -> list[Case]:
+        """The cases of a trial. Measured once, then kept with the study."""
+        study = self.study()
+        if "hardest" not in study.user_attrs:
+            decibels = {case: self._sparse(self.start, case, "start ")[1] for case in self.cases}
+            worst = sorted(self.cases, key=decibels.__getitem__)[: self.per_trial]
+            study.set_user_attr("hardest", [(case.prompt, case.seed) for case in worst])
+            told = ", ".join(f"{case.prompt!r} at seed {case.seed}" for case in worst)
+            note(f"{self.start.name}: {min(decibels.values()):.1f} dB or more; trials run {told}")
+        return [Case(*pair) for pair in study.user_attrs["hardest"]]
+
+    def check(self, finalists: int) -> Found | None:
+        """The fastest trial that holds the floor on every case; None if no finalist does."""
         feasible = [t for t in _complete(self.study()) if t.user_attrs["shortfall_db"] <= 0]
         for trial in sorted(feasible, key=_value)[:finalists]:
             policy = Policy.from_mapping(trial.user_attrs["policy"])
             total, psnrs = 0.0, []
-            for prompt in prompts:
-                milliseconds, decibels = self._sparse(policy, prompt, f"check of trial {trial.number} ")
+            for case in self.cases:
+                milliseconds, decibels = self._sparse(policy, case, f"check of trial {trial.number} ")
                 total += milliseconds
                 psnrs.append(decibels)
                 if decibels < self.floor:
                     break
-            note(f"trial {trial.number}, {len(psnrs)} prompts: PSNR {min(psnrs):.1f} to {max(psnrs):.1f} dB")
-            if len(psnrs) == len(prompts) and min(psnrs) >= self.floor:
-                speedup = sum(self._dense_run(prompt).total_ms for prompt in prompts) / total
+            note(f"trial {trial.number}, {len(psnrs)} pictures: PSNR {min(psnrs):.1f} to {max(psnrs):.1f} dB")
+            if len(psnrs) == len(self.cases) and min(psnrs) >= self.floor:
+                speedup = sum(self._dense_run(case).total_ms for case in self.cases) / total
                 return Found(policy, speedup, psnrs)
         return None
 
@@ -148,14 +170,14 @@ class Search:
             default=math.inf,
         )
         times, psnrs = [], []
-        for prompt in self.prompts:
-            milliseconds, decibels = self._sparse(policy, prompt, f"trial {trial.number} ")
+        for case in (hardest := self.hardest()):
+            milliseconds, decibels = self._sparse(policy, case, f"trial {trial.number} ")
             times.append(milliseconds)
             psnrs.append(decibels)
             if decibels < self.floor or milliseconds > best * SLOWER:
                 break
         mean = sum(times) / len(times)
-        dense = self._dense_run(self.prompts[0]).total_ms
+        dense = self._dense_run(hardest[0]).total_ms
         trial.set_user_attr("psnr_db", [min(max(p, -FAR), FAR) for p in psnrs])
         trial.set_user_attr("speedup", dense / times[0])
         # Optuna's constraint: satisfied when not positive. NaN pictures count as infinitely far off.
@@ -166,35 +188,36 @@ class Search:
         note(f"trial {trial.number}: {dense / times[0]:.2f}×, PSNR {min(psnrs):.1f} dB, {_brief(policy)}")
         return mean
 
-    def _sparse(self, policy: Policy, prompt: str, label: str) -> tuple[float, float]:
+    def _sparse(self, policy: Policy, case: Case, label: str) -> tuple[float, float]:
         """(ms, PSNR in dB) of one generation; PSNR is -inf for a picture with NaN."""
-        dense = self._dense_run(prompt)
-        inputs = self.subject.inputs(prompt, self.seed)
+        dense = self._dense_run(case)
+        inputs = self.subject.inputs(case.prompt, case.seed)
         run = run_sparse(
-            self.subject, inputs, policy, self.profile, steps=self.steps, seed=self.seed, label=label
+            self.subject, inputs, policy, self.profile, steps=self.steps, seed=case.seed, label=label
         )
         array = self.subject.array(run.generation.output)
         if not np.isfinite(array).all():
             return run.generation.total_ms, -math.inf
         return run.generation.total_ms, psnr(dense.array, array, self.subject.value_range)
 
-    def _dense_run(self, prompt: str) -> Dense:
-        """The prompt's dense run: from memory, from disk, or made now."""
-        if prompt not in self._dense:
-            path = self.folder / f"dense-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}.npz"
+    def _dense_run(self, case: Case) -> Dense:
+        """The case's dense run: from memory, from disk, or made now."""
+        if case not in self._dense:
+            name = hashlib.sha256(case.prompt.encode()).hexdigest()[:10]
+            path = self.folder / f"dense-{name}-{case.seed}.npz"
             if path.is_file():
                 with np.load(path) as stored:
-                    self._dense[prompt] = Dense(stored["array"], float(stored["total_ms"]))
+                    self._dense[case] = Dense(stored["array"], float(stored["total_ms"]))
             else:
-                inputs = self.subject.inputs(prompt, self.seed)
-                run = run_dense(self.subject, inputs, steps=self.steps, seed=self.seed, label="dense")
+                inputs = self.subject.inputs(case.prompt, case.seed)
+                run = run_dense(self.subject, inputs, steps=self.steps, seed=case.seed, label="dense")
                 dense = Dense(self.subject.array(run.output), run.total_ms)
                 partial = path.with_suffix(".part.npz")
                 np.savez_compressed(partial, array=dense.array, total_ms=dense.total_ms)
                 partial.replace(path)
-                self._dense[prompt] = dense
-                note(f"dense, {prompt}: {dense.total_ms / 1e3:.2f} s")
-        return self._dense[prompt]
+                self._dense[case] = dense
+                note(f"dense, {case.prompt}, seed {case.seed}: {dense.total_ms / 1e3:.2f} s")
+        return self._dense[case]
 
 
 def _shortfall(trial: FrozenTrial) -> tuple[float]:

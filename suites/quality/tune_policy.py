@@ -2,9 +2,10 @@
 
     python -m suites.quality.tune_policy flux --model FOLDER --trials 40 --psnr-floor 30 --output policy.yaml
 
-Dense pictures and times are made once and cached. A trial runs the search prompts one after another and ends
-at the first that falls below the floor, or that is slower than the best found so far: most trials cost one
-generation. The best are then checked over all prompts; the first that holds the floor on each is written.
+Dense pictures and times are made once and cached: every prompt at several seeds, since a policy that holds on
+one seed may fail on the next. The policy to begin from tells which are hardest. A trial runs those one after
+another and ends at the first that falls below the floor, or that is slower than the best found so far: most
+trials cost one generation. The best are then checked over all; the first that holds everywhere is written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from suites.end_to_end.errors import UsageError
 from suites.end_to_end.prompts import PROMPTS
 
 if TYPE_CHECKING:
-    from suites.quality.policy_search import Search
+    from suites.quality.policy_search import Case, Search
 
 INTERRUPTED = 130
 NOT_FOUND = 1
@@ -43,13 +44,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=40, help="in all, earlier ones included (%(default)s)")
     parser.add_argument("--psnr-floor", type=float, default=30.0, metavar="DB", help="(%(default)s)")
     parser.add_argument(
-        "--search-prompts", type=int, default=2, metavar="N", help="prompts per trial (%(default)s)"
+        "--search-cases",
+        type=int,
+        default=2,
+        metavar="N",
+        help="pictures per trial, the hardest of those checked (%(default)s)",
     )
     parser.add_argument("--check-prompts", type=int, default=len(PROMPTS), metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--check-seeds", type=int, default=2, metavar="N", help="seeds of each checked prompt (%(default)s)"
+    )
     parser.add_argument("--finalists", type=int, default=4, metavar="N", help="checked at most (%(default)s)")
     parser.add_argument("--steps", type=int, default=28, help="(%(default)s)")
     parser.add_argument("--size", metavar="N|WxH", help="pixels; default: the model's own")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument(
@@ -77,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    for name in ("trials", "search_prompts", "check_prompts", "finalists", "steps"):
+    for name in ("trials", "search_cases", "check_prompts", "check_seeds", "finalists", "steps"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
-    if max(options.search_prompts, options.check_prompts) > len(PROMPTS):
-        raise UsageError(f"--search-prompts, --check-prompts: there are {len(PROMPTS)} fixed prompts")
+    if options.check_prompts > len(PROMPTS):
+        raise UsageError(f"--check-prompts {options.check_prompts}: there are {len(PROMPTS)} fixed prompts")
     require_packages("optuna")
     from suites.end_to_end.flux import flux_subject
     from suites.end_to_end.subject import resolve_device, resolve_dtype
@@ -123,23 +131,32 @@ def _run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         floor=options.psnr_floor,
-        prompts=list(PROMPTS[: options.search_prompts]),
+        cases=_every(options),
+        per_trial=options.search_cases,
     )
     try:
         search.run(options.trials)
-        found = search.check(list(PROMPTS[: options.check_prompts]), options.finalists)
+        found = search.check(options.finalists)
     except KeyboardInterrupt:
         print("\ninterrupted: finished trials are kept; the same command continues", file=sys.stderr)
         return INTERRUPTED
     print(report(search.study()))
     if found is None:
         print(
-            f"no policy holds {options.psnr_floor} dB on every prompt; lower --psnr-floor or raise --trials",
+            f"no policy holds {options.psnr_floor} dB on every picture; lower --psnr-floor or raise --trials",
             file=sys.stderr,
         )
         return NOT_FOUND
     _write(output, found, search, settings)
     return 0
+
+
+def _every(options: argparse.Namespace) -> list[Case]:
+    """Every checked prompt at every checked seed."""
+    from suites.quality.policy_search import Case
+
+    seeds = range(options.seed, options.seed + options.check_seeds)
+    return [Case(prompt, seed) for seed in seeds for prompt in PROMPTS[: options.check_prompts]]
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -154,7 +171,7 @@ def _write(output: Path, found: Any, search: Search, settings: dict[str, Any]) -
 
     lines = [
         f"Found by suites.quality.tune_policy: the fastest of {search.finished} trials that keeps "
-        f"{search.floor:g} dB on all {len(found.psnr_db)} prompts.",
+        f"{search.floor:g} dB on all {len(found.psnr_db)} pictures (prompts × seeds).",
         ", ".join(f"{key} {value}" for key, value in settings.items()),
         f"PSNR lowest {min(found.psnr_db):.1f} dB, mean {statistics.fmean(found.psnr_db):.1f} dB.",
         f"About {found.speedup:.2f}x over dense runs made earlier; chipmunk-run measures both side by side.",

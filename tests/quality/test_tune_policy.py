@@ -14,7 +14,7 @@ import pytest
 from chipmunk_kernels.delta.policies import load_policy
 from chipmunk_kernels.delta.policy import AttentionPolicy, MlpPolicy, Policy, Schedule
 from suites.quality import policy_search
-from suites.quality.policy_search import Search
+from suites.quality.policy_search import Case, Search
 from suites.quality.policy_space import choices_of, choose, starting_points
 from suites.quality.tune_policy import main
 
@@ -101,7 +101,9 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def new_search(model: Model, tmp_path: Path) -> Callable[..., Search]:
-    def build(floor: float = 28.0, prompts: tuple[str, ...] = ("easy", "other")) -> Search:
+    def build(
+        floor: float = 28.0, prompts: tuple[str, ...] = ("easy", "other"), per_trial: int = 2
+    ) -> Search:
         return Search(
             subject=model.subject,
             profile=None,
@@ -111,7 +113,8 @@ def new_search(model: Model, tmp_path: Path) -> Callable[..., Search]:
             steps=28,
             seed=0,
             floor=floor,
-            prompts=list(prompts),
+            cases=[Case(prompt, seed=3) for prompt in prompts],
+            per_trial=per_trial,
         )
 
     return build
@@ -121,8 +124,21 @@ def new_search(model: Model, tmp_path: Path) -> Callable[..., Search]:
 def test_a_trial_ends_at_the_first_prompt_below_the_floor(
     new_search: Callable[..., Search], model: Model
 ) -> None:
-    new_search(floor=200.0).run(4)
+    search = new_search(floor=200.0)
+    search.hardest()
+    model.sparse.clear()
+    search.run(4)
     assert [prompt for _, prompt in model.sparse] == ["easy"] * 4
+
+
+@pytest.mark.usefixtures("in_memory")
+def test_trials_run_the_hardest_cases(new_search: Callable[..., Search], model: Model) -> None:
+    """Which are hard is measured once, with the policy to begin from."""
+    search = new_search(floor=10.0, prompts=("easy", "hard", "other"), per_trial=1)
+    assert search.hardest() == [Case("hard", 3)]
+    assert [prompt for _, prompt in model.sparse] == ["easy", "hard", "other"]
+    search.run(2)
+    assert [prompt for _, prompt in model.sparse[3:]] == ["hard", "hard"]
 
 
 @pytest.mark.usefixtures("in_memory")
@@ -142,7 +158,7 @@ def test_a_trial_slower_than_the_best_ends_early(new_search: Callable[..., Searc
 def test_the_search_finds_a_faster_policy_that_holds_the_floor(new_search: Callable[..., Search]) -> None:
     search = new_search()
     search.run(24)
-    found = search.check(["easy", "other"], finalists=3)
+    found = search.check(finalists=3)
     assert found is not None
     assert min(found.psnr_db) >= 28.0
     holding = [t for t in search.study().trials if t.user_attrs["shortfall_db"] <= 0]
@@ -155,11 +171,12 @@ def test_the_check_refuses_what_one_prompt_breaks(new_search: Callable[..., Sear
     """On the hard prompt the error doubles, 6 dB: the fastest above the floor fall below it there."""
     search = new_search()
     search.run(12)
-    easy = search.check(["easy"], finalists=1)
+    easy = search.check(finalists=1)
     assert easy is not None
     assert easy.psnr_db[0] < 34.0
     model.sparse.clear()
-    assert search.check(["easy", "hard", "other"], finalists=1) is None
+    search.cases = [Case(prompt, 3) for prompt in ("easy", "hard", "other")]
+    assert search.check(finalists=1) is None
     assert [prompt for _, prompt in model.sparse] == ["easy", "hard"], "the first failure ends the check"
 
 
@@ -188,7 +205,7 @@ def test_pictures_with_nan_never_win(
     search = new_search()
     search.run(3)
     assert [trial.user_attrs["shortfall_db"] for trial in search.study().trials[:3]] == [200.0] * 3
-    assert search.check(["easy"], finalists=3) is None
+    assert search.check(finalists=3) is None
 
 
 TINY = (
@@ -207,12 +224,12 @@ TINY = (
 
 
 def test_the_command_writes_a_policy_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ("--trials", "2", "--search-prompts", "1", "--check-prompts", "2", "--work", str(tmp_path))
+    small = ("--trials", "2", "--search-cases", "1", "--check-prompts", "2", "--work", str(tmp_path))
     output = tmp_path / "policy.yaml"
     assert main([*TINY, *small, "--psnr-floor", "5", "--name", "mine", "--output", str(output)]) == 0
     policy = load_policy(output)
     assert policy.name == "mine"
-    assert "all 2 prompts" in output.read_text()
+    assert "all 4 pictures" in output.read_text()
     assert "holds" in capsys.readouterr().out
     hopeless = tmp_path / "hopeless.yaml"
     assert main([*TINY, *small, "--psnr-floor", "500", "--output", str(hopeless)]) == 1
