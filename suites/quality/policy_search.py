@@ -24,7 +24,7 @@ from suites.quality.fidelity import psnr
 from suites.quality.policy_space import choose, starting_points
 
 SLOWER = 1.05
-"""A generation this much slower than the best policy's mean cannot win; less may be a shared machine's noise."""
+"""A generation this much slower than the best policy's mean cannot win; less may be other load's noise."""
 
 FAR = 200.0
 """Stands for an infinite PSNR or shortfall in dB: databases and JSON hold no infinity."""
