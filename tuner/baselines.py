@@ -7,8 +7,9 @@ the share of the ideal time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chipmunk_kernels.problem import Problem
-from tuner.problem import Case
+from tuner.problem import Case, Options
 
 ATTENTION = ("dense_attention", "colsum_attention", "sparse_attention")
 CROSSED = ("sparse_attention", "sparse_mlp")
@@ -38,24 +39,76 @@ class Baseline:
         return self.function()
 
 
+@dataclass
+class Survey:
+    """The dense computations that run on a case.
+
+    Attributes:
+        found: those that do, at least one.
+        failed: name → why, of those that do not.
+    """
+
+    found: list[Baseline] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
 def baselines(case: Case) -> list[Baseline]:
-    """The dense computations worth timing for a case; the fastest is the baseline. Never empty."""
-    operation = case.problem.operation
-    return _attention(case) if operation in ATTENTION else [_SINGLE[operation](case)]
+    """The dense library calls worth timing for a case; the fastest is the baseline. Never empty."""
+    return survey(case).found
 
 
-def _attention(case: Case) -> list[Baseline]:
-    """On CUDA each library that can serve these inputs; elsewhere what PyTorch chooses."""
+def survey(case: Case, *, compiled: bool = False) -> Survey:
+    """Every dense computation that could be the fastest, each run once: what cannot run here is named.
+
+    Args:
+        case: the inputs.
+        compiled: on CUDA also what torch.compile makes: FlexAttention, and the MLP with its activation fused.
+            Seconds of compiling for each shape; on an H200 they were 0.7 and 1.0 times as fast as the
+            libraries, so a search does without.
+    """
+    if case.device.type != "cuda":
+        return Survey([_plain(case)])
+    result = Survey()
+    for candidate in [*_libraries(case), *(_compiled(case) if compiled else [])]:
+        reason = _why_not(candidate)
+        if reason is None:
+            result.found.append(candidate)
+        else:
+            result.failed[candidate.name] = reason
+    return result if result.found else Survey([_plain(case)], result.failed)
+
+
+def _plain(case: Case) -> Baseline:
+    """What a model would call: of attention, whichever library PyTorch chooses."""
+    if case.problem.operation not in ATTENTION:
+        return _SINGLE[case.problem.operation](case)
     q, k, v = (case.inputs[name] for name in "qkv")
-    plain = Baseline("F.scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(q, k, v))
-    if q.device.type != "cuda":
-        return [plain]
-    served = []
-    for label, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        candidate = Baseline(f"F.scaled_dot_product_attention ({label})", _sdpa_with(backend, q, k, v))
-        if _works(candidate):
-            served.append(candidate)
-    return served or [plain]
+    return Baseline("F.scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(q, k, v))
+
+
+def _libraries(case: Case) -> list[Baseline]:
+    """Of attention every library by itself: PyTorch's choice is not always the fastest."""
+    if case.problem.operation not in ATTENTION:
+        return [_plain(case)]
+    q, k, v = (case.inputs[name] for name in "qkv")
+    return [
+        Baseline(f"F.scaled_dot_product_attention ({label})", _sdpa_with(backend, q, k, v))
+        for label, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+    ]
+
+
+def _compiled(case: Case) -> list[Baseline]:
+    if case.problem.operation in ATTENTION:
+        return [_flex_attention(case)]
+    if case.problem.operation == "sparse_mlp":
+        eager = _mlp(case)
+        return [Baseline(f"torch.compile of {eager.name}", _compile(eager.function))]
+    return []
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Static shapes are what a model compiles to; a fallback to eager would be another baseline's time.
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _sdpa_with(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
@@ -66,13 +119,21 @@ def _sdpa_with(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable
     return call
 
 
-def _works(candidate: Baseline) -> bool:
+def _flex_attention(case: Case) -> Baseline:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = (case.inputs[name] for name in "qkv")
+    return Baseline("FlexAttention", functools.partial(_compile(flex_attention), q, k, v))
+
+
+def _why_not(candidate: Baseline) -> str | None:
+    """Why a baseline cannot run, or None. A compiler may raise anything: no baseline may end a run."""
     try:
         candidate.call()
         torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]
+    return None
 
 
 def _mlp(case: Case) -> Baseline:
@@ -92,8 +153,12 @@ def _topk(case: Case) -> Baseline:
 
 def _gather(case: Case) -> Baseline:
     x, columns = case.inputs["x"], case.inputs["columns"]
-    index = columns.indices.long().unsqueeze(-1).expand(*columns.indices.shape, x.shape[-1])
-    table = x.unsqueeze(2).expand(-1, -1, columns.groups, -1, -1)
+    if case.inputs["per_group"]:
+        ragged = columns.groups * columns.group_size - x.shape[3]
+        table = F.pad(x, (0, ragged)).unflatten(3, (columns.groups, columns.group_size)).transpose(2, 3)
+    else:
+        table = x.unsqueeze(2).expand(-1, -1, columns.groups, -1, -1)
+    index = columns.indices.long().unsqueeze(-1).expand(*columns.indices.shape, table.shape[-1])
     return Baseline("torch.gather", lambda: torch.gather(table, 3, index))
 
 
@@ -142,9 +207,9 @@ class Work:
         return max(self.flops / (peak_tflops * 1e9), self.bytes / (bandwidth_gbs * 1e6))
 
 
-def work_of(problem: Problem) -> Work:
+def work_of(problem: Problem, options: Options = ()) -> Work:
     """Operations on matrix units, and each input read and output written once; gathered columns once per use
-    only where they are written out packed."""
+    only where they are written out packed, or where each group has its own."""
     size = getattr(torch, problem.dtype).itemsize
     planes = problem.batch * problem.heads
     slots = planes * problem.groups * problem.kept_columns
@@ -163,6 +228,8 @@ def work_of(problem: Problem) -> Work:
         return Work(flops, size * (3 * rows + cache + 2 * touched * problem.width) + 4 * slots)
     if problem.operation == "topk_columns":
         return Work(0.0, size * planes * problem.groups * problem.columns + 4 * slots)
+    if problem.operation == "gather_columns" and dict(options).get("per_group"):
+        return Work(0.0, size * 2 * slots * problem.group_size + 4 * slots)
     if problem.operation == "gather_columns":
         return Work(0.0, size * (touched + slots) * problem.width + 4 * slots)
     if problem.operation == "scatter_columns":

@@ -11,9 +11,10 @@ import torch
 
 from chipmunk_kernels.problem import Problem
 from tuner.baselines import work_of
-from tuner.build import Builder, InlineBuilder, PoolBuilder
+from tuner.build import Builder, InlineBuilder, PoolBuilder, check
 from tuner.hardware import Ceilings, Hardware, detect, measure_ceilings, toolchain
 from tuner.measure import CPU_POLICY, CUDA_POLICY, CpuTimer, CudaTimer, Timer, TimingPolicy
+from tuner.problem import Options
 from tuner.store import Store
 
 ROOFLINE_MARGIN = {"cuda": 1.25, "cpu": 2.0}
@@ -47,9 +48,9 @@ class Bench:
     policy: TimingPolicy
     builder: Builder
 
-    def ideal_ms(self, problem: Problem) -> float:
+    def ideal_ms(self, problem: Problem, options: Options = ()) -> float:
         """The roofline time of a problem at the measured ceilings."""
-        work = work_of(problem)
+        work = work_of(problem, options)
         return work.ideal_ms(self.ceilings.peak_tflops[problem.dtype], self.ceilings.bandwidth_gbs)
 
     def room_for(self, problem: Problem) -> int:
@@ -75,10 +76,10 @@ def open_bench(device: torch.device, dtypes: Iterable[str], store: Store) -> Ben
         honesty = timer.honesty()
         if not 1.9 < honesty < 2.1:
             _log.warning("the timer reads %.2f for a spin twice as long: do not trust these times", honesty)
-        builder = PoolBuilder(max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 2)))
+        builder = PoolBuilder(max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 2)), check)
         return Bench(device, hardware, ceilings, versions, timer, CUDA_POLICY, builder)
     return Bench(
-        device, hardware, ceilings, versions, CpuTimer(hardware.cache_bytes), CPU_POLICY, InlineBuilder()
+        device, hardware, ceilings, versions, CpuTimer(hardware.cache_bytes), CPU_POLICY, InlineBuilder(check)
     )
 
 

@@ -11,15 +11,16 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from chipmunk_kernels import registry
 from chipmunk_kernels.problem import Problem
 from tuner.errors import failure, wall_limit
+from tuner.problem import Options
 from tuner.store import Outcome
 from tuner.verify import Check, verify
 
@@ -36,11 +37,22 @@ class Task:
     settings: dict[str, Any]
     device: str
     seed: int
+    options: Options = ()
 
 
 Answer = Check | Outcome
 """A check, passed or not; or the outcome that a failure to run stands for."""
-Function = Callable[[Task], Check]
+
+
+class OnDevice(Protocol):
+    """What a worker needs to know of any task."""
+
+    @property
+    def device(self) -> str: ...
+
+
+T = TypeVar("T", bound=OnDevice)
+R = TypeVar("R")
 
 
 class Builder(Protocol):
@@ -58,19 +70,25 @@ def check(task: Task) -> Check:
     """Build and verify one task in this process. Raises whatever the kernel raises."""
     kernel = registry.kernel(task.problem.operation, task.backend)
     settings = kernel.settings.from_mapping(task.settings)
-    return verify(kernel, settings, task.problem, torch.device(task.device), task.seed)
+    started = time.monotonic()
+    result = verify(kernel, settings, task.problem, torch.device(task.device), task.seed, task.options)
+    return replace(result, seconds=time.monotonic() - started)
 
 
-class InlineBuilder:
-    """One task after the other, in this process."""
+class InlineBuilder(Generic[T, R]):
+    """One task after the other, in this process.
+
+    Args:
+        function: what to do with a task.
+    """
 
     width = 1
     isolated = False
 
-    def __init__(self, function: Function = check) -> None:
+    def __init__(self, function: Callable[[T], R]) -> None:
         self._function = function
 
-    def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Answer]]:
+    def run(self, tasks: Sequence[T], limit_s: float) -> Iterator[tuple[int, R | Outcome]]:
         """(index, answer) of each task in turn."""
         for index, task in enumerate(tasks):
             yield index, _answer(self._function, task, limit_s)
@@ -79,7 +97,7 @@ class InlineBuilder:
         """Nothing to end."""
 
 
-class PoolBuilder:
+class PoolBuilder(Generic[T, R]):
     """Worker processes, replaced when they die or take too long.
 
     Args:
@@ -89,12 +107,12 @@ class PoolBuilder:
 
     isolated = True
 
-    def __init__(self, width: int, function: Function = check) -> None:
+    def __init__(self, width: int, function: Callable[[T], R]) -> None:
         self.width = width
         self._function = function
         self._workers: list[_Worker] = []
 
-    def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Answer]]:
+    def run(self, tasks: Sequence[T], limit_s: float) -> Iterator[tuple[int, R | Outcome]]:
         """(index, answer) in the order in which they come; every task gets one."""
         pending = list(enumerate(tasks))[::-1]
         while len(self._workers) < min(self.width, len(tasks)):
@@ -105,7 +123,7 @@ class PoolBuilder:
                     worker.give(*pending.pop(), limit_s)
             yield from self._collect()
 
-    def _collect(self) -> Iterator[tuple[int, Answer]]:
+    def _collect(self) -> Iterator[tuple[int, R | Outcome]]:
         """Answers that are there, after waiting for the first; dead and late workers give theirs, too."""
         busy = [worker for worker in self._workers if worker.index is not None]
         patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
@@ -134,7 +152,7 @@ class _Worker:
         lost: the process is of no more use.
     """
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
@@ -146,7 +164,7 @@ class _Worker:
         self._ready = False
         self._limit_s = 0.0
 
-    def give(self, index: int, task: Task, limit_s: float) -> None:
+    def give(self, index: int, task: OnDevice, limit_s: float) -> None:
         self.index, self._limit_s = index, limit_s
         self.deadline = time.monotonic() + limit_s + (0.0 if self._ready else STARTUP_S)
         try:
@@ -154,9 +172,9 @@ class _Worker:
         except OSError:
             self.lost = True
 
-    def take(self) -> Answer | None:
-        """The answer, if it is there or will never come; frees the worker."""
-        answer: Answer | None = None
+    def take(self) -> Any:
+        """The answer, None while it may still come; frees the worker."""
+        answer = None
         try:
             while answer is None and self.connection.poll():
                 message = self.connection.recv()
@@ -183,7 +201,7 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, function: Function) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """A worker's life: take a task, answer, until the other side is gone or the device is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     connection.send(None)
@@ -198,14 +216,15 @@ def _serve(connection: Connection, function: Function) -> None:
             return
 
 
-def _answer(function: Function, task: Task, limit_s: float | None) -> Answer:
+def _answer(function: Callable[[T], R], task: T, limit_s: float | None) -> R | Outcome:
+    started = time.monotonic()
     try:
         if limit_s is None:
             return function(task)
         with wall_limit(limit_s):
             return function(task)
     except Exception as error:  # whatever a candidate throws is a datum
-        return failure(error)
+        return replace(failure(error), build_s=time.monotonic() - started)
     finally:
         if task.device.startswith("cuda") and device_alive(task.device):
             torch.cuda.empty_cache()

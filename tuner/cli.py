@@ -163,7 +163,7 @@ class _Run:
         session = self._session()
         if self._args.fresh:
             for item in self._items:
-                session.forget(item.problem)
+                session.forget(item)
         with _Progress(len(self._items)) as progress:
             session.on_trial = progress.trial
             session.on_problem = progress.problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,23 +14,31 @@ from tuner.store import Outcome, Status
 _KINDS: tuple[tuple[Status, tuple[str, ...]], ...] = (
     ("timeout", ("TimeoutError",)),
     ("out_of_resources", ("OutOfResources", "OutOfMemoryError", "MemoryError")),
-    ("compile_error", ("CompilationError", "CompileError", "CompileException", "PTXASError")),
+    ("compile_error", ("CompilationError", "CompileError", "CompileException", "PTXASError", "NVRTCError")),
 )
 """By the names of exception classes: naming the classes would import triton and cupy."""
 
+_ERROR = re.compile(r"\): (catastrophic )?error\b|^ptxas (error|fatal)")
+
 
 def failure(error: BaseException) -> Outcome:
-    """The outcome that an exception stands for."""
-    names = {kind.__name__ for kind in type(error).__mro__}
+    """The outcome that an exception stands for, or the one that it was raised from."""
+    causes = [each for each in (error, error.__cause__) if each is not None]
+    names = {kind.__name__ for each in causes for kind in type(each).__mro__}
     status: Status = "error"
     for kind, known in _KINDS:
         if names & set(known):
             status = kind
             break
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Compilers put the source first and what is wrong with it last.
-    line = (lines[-1] if status == "compile_error" else lines[0]) if lines else ""
+    line = (_complaint(lines) if status == "compile_error" else lines[0]) if lines else ""
     return Outcome(status, f"{type(error).__name__}: {line}"[:500])
+
+
+def _complaint(lines: list[str]) -> str:
+    """What a compiler says is wrong: NVRTC's first error, below ours and above its own count of them; Triton
+    puts the source first and what is wrong with it last."""
+    return next((line for line in lines if _ERROR.search(line)), lines[-1])
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ import datetime
 import json
 from typing import Any
 
-from chipmunk_kernels.problem import Problem
 from tuner.baselines import CROSSED, Baseline
 from tuner.bench import Bench
 from tuner.finals import DENSE, Crossover, Finals
+from tuner.problem import Case
 from tuner.search import Progress
 from tuner.sources import kernel_hash
 from tuner.space import Candidate
@@ -19,7 +19,7 @@ from tuner.verify import Check
 
 def evidence(
     bench: Bench,
-    problem: Problem,
+    case: Case,
     winner: Candidate,
     finals: Finals,
     dense: Baseline,
@@ -36,7 +36,7 @@ def evidence(
         "dense_baseline": {"name": dense.name, **finals.times[DENSE].as_dict("ms")},
         "speedup": finals.speedup.as_dict(),
         "noise_floor": significant(finals.noise, 3),
-        "ideal": _ideal(bench, problem, finals.times[finals.winner].median),
+        "ideal": _ideal(bench, case, finals.times[finals.winner].median),
         "over_default": finals.over_default.as_dict() if finals.over_default else None,
         "runner_up": _runner_up(finals),
         "correctness": {
@@ -57,6 +57,7 @@ def evidence(
         "search": {
             "statuses": progress.statuses(),
             "stopped_by": progress.stopped_by,
+            "build_s": significant(progress.build_s(), 4),
         },
         "toolchain": dict(bench.toolchain),
         "kernel_source": kernel_hash(winner.kernel),
@@ -64,9 +65,9 @@ def evidence(
     }
 
 
-def _ideal(bench: Bench, problem: Problem, winner_ms: float) -> dict[str, Any]:
+def _ideal(bench: Bench, case: Case, winner_ms: float) -> dict[str, Any]:
     """The roofline at the measured ceilings; and what density alone would give, for what computes less."""
-    ideal_ms = bench.ideal_ms(problem)
+    problem, ideal_ms = case.problem, bench.ideal_ms(case.problem, case.options)
     return {
         "ideal_ms": significant(ideal_ms, 4),
         "share": significant(ideal_ms / winner_ms, 3),

@@ -20,6 +20,11 @@ from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings
 
 ACTIVATION = "gelu_tanh"
+Options = tuple[tuple[str, int], ...]
+"""How an operation is called where its shapes do not say it: (name, value) pairs, which compare and hash."""
+OPTIONS = {"gather_columns": ("per_group",), "topk_columns": ("always_kept", "random")}
+"""What there is: a gather of each group's own rows; leading columns that a selection always keeps, and random
+ones on top."""
 MUTATED = {"scatter_columns": ("out",), "sparse_mlp": ("activation_cache", "output_cache")}
 """Inputs that an operation writes in place, restored before every sample."""
 
@@ -32,11 +37,13 @@ class Case:
         problem: what they were made for.
         inputs: name → value, in the order of the backend functions, settings left out.
         pristine: copies of the inputs that the operation mutates.
+        options: how it is called.
     """
 
     problem: Problem
     inputs: dict[str, Any]
     pristine: dict[str, Tensor] = field(default_factory=dict)
+    options: Options = ()
 
     @property
     def device(self) -> torch.device:
@@ -85,17 +92,19 @@ def named_outputs(operation: str, result: Any, inputs: dict[str, Any]) -> dict[s
     return dict(zip(names, values, strict=True))
 
 
-def make_case(problem: Problem, device: torch.device | str, seed: int, *, ragged: bool = False) -> Case:
+def make_case(
+    problem: Problem, device: torch.device | str, seed: int, *, ragged: bool = False, options: Options = ()
+) -> Case:
     """Inputs of `problem` on `device`. The same seed gives the same inputs on the same kind of device.
 
     `ragged` varies the counts from group to group, with one empty and one full group, as verification wants;
     otherwise every group keeps the problem's density, as timing wants. A ragged selection also has
-    always-kept columns and random extras.
+    a few always-kept columns and random extras whatever its `options`.
     """
-    draw = _Draw(problem, torch.device(device), seed, ragged)
+    draw = _Draw(problem, torch.device(device), seed, ragged, dict(options))
     inputs = _MAKERS[problem.operation](problem, draw)
     mutated = MUTATED.get(problem.operation, ())
-    return Case(problem, inputs, {name: inputs[name].clone() for name in mutated})
+    return Case(problem, inputs, {name: inputs[name].clone() for name in mutated}, options)
 
 
 def scattered_columns(
@@ -132,8 +141,10 @@ def _one_of_each_stratum(counts: Tensor, capacity: int, columns: int, generator:
 class _Draw:
     """Random tensors for one case, all from one generator on the device."""
 
-    def __init__(self, problem: Problem, device: torch.device, seed: int, ragged: bool) -> None:
-        self._problem, self._device, self.ragged = problem, device, ragged
+    def __init__(
+        self, problem: Problem, device: torch.device, seed: int, ragged: bool, options: dict[str, int]
+    ) -> None:
+        self._problem, self._device, self.ragged, self.options = problem, device, ragged, options
         self._generator = torch.Generator(device).manual_seed(seed)
         self._dtype = getattr(torch, problem.dtype)
 
@@ -177,25 +188,30 @@ def _sparse_attention(problem: Problem, draw: _Draw) -> dict[str, Any]:
 
 def _topk_columns(problem: Problem, draw: _Draw) -> dict[str, Any]:
     scores = draw.normal(problem.batch, problem.heads, problem.groups, problem.columns)
-    always, random = None, 0
-    if draw.ragged:
+    wanted = {"always_kept": 5, "random": 3 if problem.columns > 8 else 0} if draw.ragged else draw.options
+    always_kept = min(wanted.get("always_kept", 0), problem.columns)
+    random = min(wanted.get("random", 0), problem.columns - always_kept)
+    k = min(problem.kept_columns, problem.columns - always_kept - random)
+    always = None
+    if always_kept:
         always = torch.zeros(problem.groups, problem.columns, dtype=torch.bool, device=scores.device)
-        always[:, :5] = True
-        random = 3
+        always[:, :always_kept] = True
     return {
         "scores": scores,
-        "k": min(problem.kept_columns, max(0, problem.columns - 8)) if draw.ragged else problem.kept_columns,
+        "k": k,
         "always": always,
-        "random": random if problem.columns > 8 else 0,
+        "random": random,
         "seed": 7,
         "key_length": problem.columns,
-        "capacity": min(problem.columns, problem.kept_columns + (8 if draw.ragged else 0)),
+        "capacity": always_kept + k + random,
     }
 
 
 def _gather_columns(problem: Problem, draw: _Draw) -> dict[str, Any]:
-    x = draw.normal(problem.batch, problem.heads, problem.columns, problem.width)
-    return {"x": x, "columns": draw.columns(), "per_group": False}
+    per_group = bool(draw.options.get("per_group"))
+    width = problem.rows if per_group else problem.width
+    x = draw.normal(problem.batch, problem.heads, problem.columns, width)
+    return {"x": x, "columns": draw.columns(), "per_group": per_group}
 
 
 def _scatter_columns(problem: Problem, draw: _Draw) -> dict[str, Any]:

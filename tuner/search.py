@@ -59,6 +59,10 @@ class Progress:
         """Status → how many candidates."""
         return dict(Counter(str(outcome.status) for outcome in self.outcomes.values()))
 
+    def build_s(self) -> float:
+        """Seconds that compiling and verifying the candidates took, summed over the processes that did."""
+        return sum(outcome.build_s for outcome in self.outcomes.values())
+
     def best_ms(self) -> float:
         ranking = self.ranking()
         best = self.outcomes[ranking[0]].median_ms if ranking else None

@@ -117,7 +117,7 @@ class Session:
         """Tune each problem, the small ones first; a result is yielded as soon as there is one."""
         deadline = self._clock() + self._settings.budget_s
         # Small problems need less than their share: what they leave is worth most to the large ones.
-        ordered = sorted(items, key=lambda item: self._bench.ideal_ms(item.problem))
+        ordered = sorted(items, key=lambda item: self._bench.ideal_ms(item.problem, item.options))
         for number, item in enumerate(ordered):
             left = deadline - self._clock()
             if left <= 0 and number:
@@ -141,31 +141,31 @@ class Session:
         space = Space(problem, self._bench.device, self._bench.hardware.shared_memory_bytes)
         if not space.candidates:
             return Result(item, note="nothing can run it here: " + _reasons(space))
-        identity = self.identity(problem)
+        identity = self.identity(item)
         key = f"{identity.context} {kernels_hash(space.kernels)}"
         earlier = self._store.verdict(key)
         if earlier is not None and self._is_enough(earlier["evidence"]["search"]):
             return self._result(item, Entry.from_mapping(earlier), reused=True)
-        case = make_case(problem, self._bench.device, self._settings.seed)
+        case = make_case(problem, self._bench.device, self._settings.seed, options=item.options)
         dense = self._fastest_baseline(case)
         share = SEARCH_SHARE[self._bench.hardware.kind]
         progress = self._search(item, space, identity, case, started + share * seconds, key)
         return self._conclude(item, space, case, dense, progress, started + seconds, key)
 
-    def forget(self, problem: Problem) -> int:
+    def forget(self, item: LabelledProblem) -> int:
         """Drop what is recorded of a problem on this device; returns how many trials that were."""
-        return self._store.forget(self.identity(problem))
+        return self._store.forget(self.identity(item))
 
     def _is_enough(self, earlier: dict[str, Any]) -> bool:
         """Whether an earlier search left nothing to do: all tried, or as many as are asked for now."""
         wanted, tried = self._settings.trials, sum(earlier["statuses"].values())
         return earlier["stopped_by"] == "exhausted" or (wanted is not None and tried >= wanted)
 
-    def identity(self, problem: Problem) -> Identity:
+    def identity(self, item: LabelledProblem) -> Identity:
         """What makes recorded timings of this problem apply to this run."""
         hardware = self._bench.hardware
         return Identity(
-            problem=problem.as_dict(),
+            problem={**item.problem.as_dict(), **dict(item.options)},
             device={"name": hardware.name, "arch": hardware.arch},
             toolchain=self._bench.toolchain,
             timing={"timer": self._bench.timer.name, **self._bench.policy.as_dict()},
@@ -228,7 +228,10 @@ class Session:
         known."""
         builder, seed = self._bench.builder, self._settings.seed + 1
         device = str(self._bench.device)
-        tasks = [Task(case.problem, c.kernel.backend, c.settings.as_dict(), device, seed) for c in batch]
+        tasks = [
+            Task(case.problem, c.kernel.backend, c.settings.as_dict(), device, seed, case.options)
+            for c in batch
+        ]
         if not builder.isolated:
             for candidate in batch:
                 self._store.begin(self._own(identity, candidate))
@@ -266,10 +269,10 @@ class Session:
                 )
         except Exception as error:  # whatever a candidate throws is a datum
             return failure(error)
-        return self._timed(measured, check, case.problem)
+        return self._timed(measured, check, case)
 
-    def _timed(self, measured: Measurement, check: Check, problem: Problem) -> Outcome:
-        ideal_ms = self._bench.ideal_ms(problem)
+    def _timed(self, measured: Measurement, check: Check, case: Case) -> Outcome:
+        ideal_ms = self._bench.ideal_ms(case.problem, case.options)
         invalid = measured.median_ms * ROOFLINE_MARGIN[self._bench.hardware.kind] < ideal_ms
         reason = f"{measured.median_ms:.4g} ms beats the roofline of {ideal_ms:.4g} ms" if invalid else ""
         return Outcome(
@@ -280,6 +283,7 @@ class Session:
             measured.stopped_by,
             check.error,
             check.budget,
+            build_s=check.seconds,
         )
 
     def _conclude(
@@ -293,7 +297,7 @@ class Session:
         key: str,
     ) -> Result:
         """Finals among the best that also pass on fresh inputs, then the entry."""
-        finalists, checks = self._finalists(space, progress, case.problem)
+        finalists, checks = self._finalists(space, progress, case)
         if not finalists:
             return Result(
                 item, counts=progress.statuses(), note="no candidate gave a right answer: " + _worst(progress)
@@ -319,15 +323,7 @@ class Session:
             winner.kernel.backend,
             winner.settings.as_dict(),
             evidence(
-                self._bench,
-                case.problem,
-                winner,
-                finals,
-                dense,
-                progress,
-                checks[finals.winner],
-                crossover,
-                clocks,
+                self._bench, case, winner, finals, dense, progress, checks[finals.winner], crossover, clocks
             ),
             crossover.density if crossover else None,
         )
@@ -335,7 +331,7 @@ class Session:
         return self._result(item, entry)
 
     def _finalists(
-        self, space: Space, progress: Progress, problem: Problem
+        self, space: Space, progress: Progress, case: Case
     ) -> tuple[list[Candidate], dict[str, Check]]:
         """The fastest and the fastest default, each verified once more on other inputs."""
         ranking = [space.candidates[key] for key in progress.ranking()]
@@ -345,7 +341,7 @@ class Session:
         for candidate in ranking:
             if candidate not in defaults and len(chosen) >= self._settings.finalists:
                 continue
-            check = self._check_again(candidate, problem)
+            check = self._check_again(candidate, case)
             if check.ok:
                 chosen.append(candidate)
                 checks[candidate.key] = check
@@ -353,10 +349,10 @@ class Session:
                 _log.warning("%s passed once and failed on other inputs: %s", candidate.key, check.explain())
         return chosen, checks
 
-    def _check_again(self, candidate: Candidate, problem: Problem) -> Check:
+    def _check_again(self, candidate: Candidate, case: Case) -> Check:
+        seed = self._settings.seed + 1000
         try:
-            seed = self._settings.seed + 1000
-            return verify(candidate.kernel, candidate.settings, problem, self._bench.device, seed)
+            return verify(candidate.kernel, candidate.settings, case.problem, case.device, seed, case.options)
         except Exception as error:  # whatever a candidate throws is a datum
             return Check(math.inf, 0.0, "", failure(error).reason)
 
@@ -383,7 +379,9 @@ def _rejected(answer: Answer) -> Outcome | None:
         return answer
     if answer.ok:
         return None
-    return Outcome("wrong", answer.explain(), error=answer.error, budget=answer.budget)
+    return Outcome(
+        "wrong", answer.explain(), error=answer.error, budget=answer.budget, build_s=answer.seconds
+    )
 
 
 def _reasons(space: Space) -> str:

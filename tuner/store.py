@@ -92,7 +92,8 @@ class Outcome:
         stopped_by: the rule that ended the sampling.
         error: largest error against float64.
         budget: what was allowed.
-        seconds: wall time that the trial took, building included.
+        seconds: wall time that the trial took, from the start of its batch.
+        build_s: of one process, compiling and verifying it; batches are built side by side.
     """
 
     status: Status
@@ -103,6 +104,7 @@ class Outcome:
     error: float | None = None
     budget: float | None = None
     seconds: float = 0.0
+    build_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings
 from reference import attention, gather, group_mean, mlp, select
-from tuner.problem import Case, make_case
+from tuner.problem import Case, Options, make_case
 
 Outputs = dict[str, Tensor]
 Place = tuple[int, int, int]
@@ -45,12 +45,14 @@ class Check:
         budget: what was allowed.
         where: which output of which case.
         reason: why it failed for another cause than the error, or None.
+        seconds: that building and verifying took, where somebody counted.
     """
 
     error: float
     budget: float
     where: str
     reason: str | None = None
+    seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -61,13 +63,19 @@ class Check:
 
 
 def verify(
-    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
+    kernel: Kernel,
+    settings: LaunchSettings,
+    problem: Problem,
+    device: torch.device,
+    seed: int,
+    options: Options = (),
 ) -> Check:
     """Run both cases. Whatever the kernel raises goes to the caller."""
-    small = _check_everywhere(kernel, settings, shrunken(problem), device, seed)
+    small = verify_small(kernel, settings, problem, device, seed, options)
     if not small.ok:
         return small
-    return _worst([small, _check_sampled(kernel, settings, problem, device, seed + 1)])
+    case = make_case(problem, device, seed + 1, options=options)
+    return worst([small, Sampled(case, seed + 1).check(kernel, settings)])
 
 
 def shrunken(problem: Problem) -> Problem:
@@ -88,11 +96,18 @@ def compared_rows(problem: Problem) -> int:
     return problem.group_size if problem.group_size > 1 else 128
 
 
-def _check_everywhere(
-    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
+def verify_small(
+    kernel: Kernel,
+    settings: LaunchSettings,
+    problem: Problem,
+    device: torch.device,
+    seed: int,
+    options: Options = (),
 ) -> Check:
-    case = make_case(problem, device, seed, ragged=True)
-    truth, peer = _expected_small(problem, str(device), seed)
+    """The small case alone, compared everywhere."""
+    problem = shrunken(problem)
+    case = make_case(problem, device, seed, ragged=True, options=options)
+    truth, peer = _expected_small(problem, str(device), seed, options)
     with PoisonedMemory():
         outputs = _comparable(case, case.run(kernel, settings))
     _synchronize(device)
@@ -100,30 +115,52 @@ def _check_everywhere(
 
 
 @functools.lru_cache(maxsize=16)
-def _expected_small(problem: Problem, device: str, seed: int) -> tuple[Outputs, Outputs]:
+def _expected_small(
+    problem: Problem, device: str, seed: int, options: Options = ()
+) -> tuple[Outputs, Outputs]:
     """Truth and peer, shared by every candidate of a problem: they depend on inputs alone."""
-    return _truth_and_peer(
-        problem.operation, make_case(problem, torch.device(device), seed, ragged=True).inputs
-    )
+    case = make_case(problem, torch.device(device), seed, ragged=True, options=options)
+    return _truth_and_peer(problem.operation, case.inputs)
 
 
-def _check_sampled(
-    kernel: Kernel, settings: LaunchSettings, problem: Problem, device: torch.device, seed: int
-) -> Check:
-    case = make_case(problem, device, seed)
-    with PoisonedMemory():
-        outputs = case.run(kernel, settings)
-    _synchronize(device)
-    broken = _unsound(case, outputs)
-    if broken is not None:
-        return Check(math.inf, 0.0, "full size", f"full size: {broken}")
-    checks = []
-    for place in _places(problem, seed):
-        inputs = {name: _sliced(name, value, place, case) for name, value in _before(case).items()}
-        truth, peer = _truth_and_peer(problem.operation, inputs)
-        part = {name: _sliced(name, value, place, case) for name, value in outputs.items()}
-        checks.append(_compare(_comparable(case, part), truth, peer, problem, f"full size, group {place}"))
-    return _worst(checks)
+class Sampled:
+    """A case at full size, of which some groups are compared. Candidates share the truth of each.
+
+    Args:
+        case: the inputs.
+        seed: of the choice of groups.
+    """
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self._case = case
+        self._places = _places(case.problem, seed)
+        self._expected: dict[Place, tuple[Outputs, Outputs]] = {}
+
+    def check(self, kernel: Kernel, settings: LaunchSettings) -> Check:
+        """Run the kernel on poisoned outputs and compare. Whatever it raises goes to the caller."""
+        case, problem = self._case, self._case.problem
+        case.reset()
+        with PoisonedMemory():
+            outputs = case.run(kernel, settings)
+        _synchronize(case.device)
+        broken = _unsound(case, outputs)
+        if broken is not None:
+            return Check(math.inf, 0.0, "full size", f"full size: {broken}")
+        checks = []
+        for place in self._places:
+            truth, peer = self._expected_at(place)
+            part = {name: _sliced(name, value, place, case) for name, value in outputs.items()}
+            checks.append(
+                _compare(_comparable(case, part), truth, peer, problem, f"full size, group {place}")
+            )
+        return worst(checks)
+
+    def _expected_at(self, place: Place) -> tuple[Outputs, Outputs]:
+        if place not in self._expected:
+            case = self._case
+            inputs = {name: _sliced(name, value, place, case) for name, value in _before(case).items()}
+            self._expected[place] = _truth_and_peer(case.problem.operation, inputs)
+        return self._expected[place]
 
 
 def _places(problem: Problem, seed: int) -> list[Place]:
@@ -158,7 +195,9 @@ def _slices(name: str, place: Place, case: Case) -> tuple[slice, ...]:
     every = slice(None)
     if name in ("columns", "scores", "indices", "counts", "packed", "mass"):
         return b, h, g
-    if name in ("k", "v") or (name, problem.operation) == ("x", "gather_columns"):
+    if (name, problem.operation) == ("x", "gather_columns"):
+        return (b, h, every, rows) if case.inputs["per_group"] else (b, h)
+    if name in ("k", "v"):
         return b, h
     if name in ("q", "base", "lse", "lse_prev") or (name == "out" and problem.operation != "scatter_columns"):
         return b, h, rows
@@ -263,7 +302,7 @@ def _compare(outputs: Outputs, truth: Outputs, peer: Outputs, problem: Problem, 
         exact = problem.operation in EXACT
         budget = 0.0 if exact else error_budget(peer[name], expected, outputs[name].dtype)
         checks.append(Check(max_error(outputs[name], expected), budget, where))
-    return _worst(checks)
+    return worst(checks)
 
 
 def max_error(actual: Tensor, truth: Tensor) -> float:
@@ -283,7 +322,8 @@ def error_budget(peer: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
     return 2.0 * (max_error(peer, truth) + torch.finfo(dtype).eps * largest)
 
 
-def _worst(checks: list[Check]) -> Check:
+def worst(checks: list[Check]) -> Check:
+    """The check with the largest error over budget; of those that failed, if any did."""
     failed = [check for check in checks if not check.ok]
     return max(
         failed or checks, key=lambda check: check.error / check.budget if check.budget else check.error

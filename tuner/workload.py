@@ -1,4 +1,8 @@
-"""Workloads: named lists of the problems that a real model produces, read from `suites/workloads/*.yaml`."""
+"""Workloads: named lists of the problems that a real model produces, read from `suites/workloads/*.yaml`.
+
+Beside its shapes a problem may carry `options`, how the operation is called where shapes do not say it, and a
+`bar`, what a kernel has to reach there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from chipmunk_kernels.problem import OPERATIONS, Problem
+from chipmunk_kernels.registry import BACKENDS
+from tuner.problem import OPTIONS, Options
 
 FOLDER = Path(__file__).resolve().parent.parent / "suites" / "workloads"
 
@@ -18,12 +25,47 @@ class WorkloadError(ValueError):
     """A workload or operation that there is not, or a workload file that cannot be used."""
 
 
+MEASURES = {"speedup": "at least", "time_of_dense": "at most", "share_of_copy": "at least"}
+"""What a bar can be set on: dense time over kernel time, kernel time over dense time, and compulsory bytes a
+second over those of a plain copy."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a kernel has to reach on a problem.
+
+    Attributes:
+        measure: one of `MEASURES`.
+        value: at least or at most, as the measure has it.
+        backend: whose kernel has to; None for whichever is best.
+        dense: label of the problem whose dense baseline counts; None for the problem's own.
+    """
+
+    measure: str
+    value: float
+    backend: str | None = None
+    dense: str | None = None
+
+    def met_by(self, value: float) -> bool:
+        """Whether a measured value reaches the bar."""
+        return value >= self.value if MEASURES[self.measure] == "at least" else value <= self.value
+
+
 @dataclass(frozen=True)
 class LabelledProblem:
-    """A problem and how people call it."""
+    """A problem and how people call it.
+
+    Attributes:
+        label: its name in tables.
+        problem: its shapes.
+        options: how it is called, as `tuner.problem.make_case` takes them.
+        bars: what has to be reached, often nothing.
+    """
 
     label: str
     problem: Problem
+    options: Options = ()
+    bars: tuple[Bar, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,12 +77,15 @@ class Workload:
         description: one line: which model, at which size.
         problems: with a label each.
         policies: names of the built-in policies that belong to the model; a profile carries them.
+        limits: (`extra_mib` or `launch_us`, the most that any kernel may take): memory of a call beyond its
+            results and column list, and host time of a launch.
     """
 
     name: str
     description: str
     problems: tuple[LabelledProblem, ...]
     policies: tuple[str, ...] = ()
+    limits: tuple[tuple[str, float], ...] = ()
 
     def select(self, operations: Iterable[str]) -> tuple[LabelledProblem, ...]:
         """The problems of these operations; of all if none is named. Raises WorkloadError if unknown."""
@@ -87,17 +132,46 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 def _workload(name: str, document: dict, native_dtype: str) -> Workload:
     if not isinstance(document, dict) or not document.get("problems"):
         raise ValueError("expected a mapping with a list 'problems'")
-    problems = []
-    for item in document["problems"]:
-        fields = dict(item)
-        label = fields.pop("label", None)
-        if fields.get("dtype") == "auto":
-            fields["dtype"] = native_dtype
-        problem = Problem.from_mapping(fields)
-        problems.append(LabelledProblem(label or problem.key, problem))
+    problems = tuple(_problem(item, native_dtype) for item in document["problems"])
+    labels = {item.label for item in problems}
+    for bar in (bar for item in problems for bar in item.bars):
+        if bar.dense is not None and bar.dense not in labels:
+            raise ValueError(f"bar: dense: no problem is labelled {bar.dense!r}")
+    limits = {str(key): float(value) for key, value in (document.get("limits") or {}).items()}
+    if not set(limits) <= {"extra_mib", "launch_us"}:
+        raise ValueError(f"limits: expected extra_mib and launch_us, got {sorted(limits)}")
     return Workload(
         document.get("name", name),
         " ".join(str(document.get("description", "")).split()),
-        tuple(problems),
+        problems,
         tuple(document.get("policies") or ()),
+        tuple(limits.items()),
     )
+
+
+def _problem(item: dict, native_dtype: str) -> LabelledProblem:
+    fields = dict(item)
+    label, bar = fields.pop("label", None), fields.pop("bar", None)
+    options = dict(fields.pop("options", None) or {})
+    if fields.get("dtype") == "auto":
+        fields["dtype"] = native_dtype
+    problem = Problem.from_mapping(fields)
+    known = OPTIONS.get(problem.operation, ())
+    if not set(options) <= set(known):
+        raise ValueError(f"options: expected among {list(known)} for {problem.operation}, got {options}")
+    return LabelledProblem(label or problem.key, problem, tuple(sorted(options.items())), _bars(bar))
+
+
+def _bars(values: dict[str, Any] | None) -> tuple[Bar, ...]:
+    """`{speedup: 4.0}`, `{speedup: {triton: 10.8}}` or `{time_of_dense: 0.03, dense: LABEL}`."""
+    fields = dict(values or {})
+    dense = fields.pop("dense", None)
+    bars = []
+    for measure, value in fields.items():
+        if measure not in MEASURES:
+            raise ValueError(f"bar: expected one of {', '.join(MEASURES)}; got {measure!r}")
+        by_backend = value if isinstance(value, dict) else {None: value}
+        if not set(by_backend) <= {None, *BACKENDS}:
+            raise ValueError(f"bar: expected backends among {', '.join(BACKENDS)}; got {list(by_backend)}")
+        bars += [Bar(measure, float(number), backend, dense) for backend, number in by_backend.items()]
+    return tuple(bars)

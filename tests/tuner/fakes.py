@@ -14,7 +14,7 @@ from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
 from reference.group_mean import group_mean
 from tuner.bench import Bench
-from tuner.build import Builder, InlineBuilder, Task
+from tuner.build import Builder, InlineBuilder, Task, check
 from tuner.hardware import Ceilings, Hardware
 from tuner.measure import TimingPolicy, Work
 from tuner.problem import KernelWork
@@ -121,7 +121,7 @@ def fake_bench(timer: FakeTimer, builder: Builder | None = None) -> Bench:
     ceilings = Ceilings(1e3, {"float32": 1.0})
     toolchain = {"torch": "1", "triton": "none"}
     return Bench(
-        torch.device("cpu"), hardware, ceilings, toolchain, timer, POLICY, builder or InlineBuilder()
+        torch.device("cpu"), hardware, ceilings, toolchain, timer, POLICY, builder or InlineBuilder(check)
     )
 
 

@@ -33,6 +33,30 @@ def test_whatever_is_thrown_has_a_status_and_a_reason(error: Exception, status: 
     assert outcome.status == status and reason in outcome.reason and "\n" not in outcome.reason
 
 
+class NVRTCError(RuntimeError):
+    """Stands for the class of that name in CuPy."""
+
+
+NVRTC_LOG = """attention.cu does not compile with --gpu-architecture=sm_90a: NVRTC_ERROR_COMPILATION (6)
+attention.cu(31): warning #177-D: variable "tile" was declared but never referenced
+attention.cu(42): error: identifier "wgmma" is undefined
+1 error detected in the compilation of "attention.cu"."""
+PTXAS_LOG = """attention.cu does not compile with --gpu-architecture=sm_90a: NVRTC_ERROR_COMPILATION (6)
+ptxas error   : Entry function 'attend' uses too much shared data (0x40000 bytes, 0x38c00 max)"""
+
+
+@pytest.mark.parametrize(
+    ("log", "complaint"),
+    [(NVRTC_LOG, 'attention.cu(42): error: identifier "wgmma"'), (PTXAS_LOG, "uses too much shared data")],
+)
+def test_a_cuda_source_that_does_not_compile_says_its_first_error(log: str, complaint: str) -> None:
+    try:
+        raise RuntimeError(log) from NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+    except RuntimeError as error:
+        outcome = failure(error)
+    assert outcome.status == "compile_error" and complaint in outcome.reason
+
+
 def test_tritons_out_of_resources_is_known_by_name() -> None:
     errors = pytest.importorskip("triton.runtime.errors")
     assert failure(errors.OutOfResources(300000, 232448, "shared memory")).status == "out_of_resources"
@@ -49,8 +73,9 @@ def test_a_wall_limit_interrupts_and_leaves_no_alarm_behind() -> None:
 def test_inline_building_answers_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "kernels", fake_kernels)
     faults = ("none", "wrong", "unwritten", "raise", "memory", "compile")
-    answers = dict(InlineBuilder().run([task(fault=fault) for fault in faults], limit_s=30))
+    answers = dict(InlineBuilder(check).run([task(fault=fault) for fault in faults], limit_s=30))
     assert isinstance(answers[0], Check) and answers[0].ok
+    assert answers[0].seconds > 0 and answers[3].build_s > 0  # type: ignore[union-attr]
     for index in (1, 2):
         wrong = answers[index]
         assert isinstance(wrong, Check) and not wrong.ok

@@ -13,7 +13,7 @@ from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import Entry, Profile
 from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
 from tuner import session as session_module
-from tuner.build import Answer, InlineBuilder, PoolBuilder, Task
+from tuner.build import Answer, InlineBuilder, PoolBuilder, Task, check
 from tuner.measure import CpuTimer
 from tuner.search import Study, open_storage
 from tuner.session import DeviceLost, Result, Session, Settings
@@ -31,7 +31,7 @@ class NoteTaker(InlineBuilder):
     """Builds as usual and notes what was built."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(check)
         self.tasks: list[Task] = []
 
     def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Answer]]:
@@ -75,7 +75,7 @@ def test_the_fastest_right_candidate_wins_and_every_other_is_recorded_with_its_r
     assert result.entry.settings == {"speed": 2, "fault": "none"}
     assert result.counts == {"ok": 3, "wrong": 6, "error": 3, "out_of_resources": 3, "compile_error": 3}
     session = world.session()
-    records = world.store.records(session.identity(PROBLEM))
+    records = world.store.records(session.identity(ITEM))
     assert len(records) == FITTING
     by_fault = {r.identity.settings["fault"]: r.outcome for r in records}
     assert "error" in by_fault["wrong"].reason and by_fault["wrong"].error is not None
@@ -132,7 +132,7 @@ def test_a_finished_problem_is_taken_from_the_store(world: World) -> None:
 
 def test_fresh_forgets(world: World) -> None:
     world.run()
-    world.session().forget(PROBLEM)
+    world.session().forget(ITEM)
     assert not world.run().reused
     assert len(world.tried()) == FITTING
 
@@ -210,7 +210,7 @@ def test_faster_than_the_roofline_is_invalid_not_a_win(world: World) -> None:
     session = Session(bench, world.store, None, Settings(), Profile.empty(), world.timer.clock)
     result = next(iter(session.run((ITEM,))))
     assert result.entry is None and result.counts["invalid"] == RIGHT
-    outcomes = [record.outcome for record in world.store.records(session.identity(PROBLEM))]
+    outcomes = [record.outcome for record in world.store.records(session.identity(ITEM))]
     assert any("beats the roofline" in outcome.reason for outcome in outcomes)
 
 
@@ -239,7 +239,7 @@ def test_a_lost_device_ends_the_process_but_not_the_record(
     session = world.session()
     with pytest.raises(DeviceLost, match="launch failed"):
         list(session.run((ITEM,)))
-    statuses = [record.outcome.status for record in world.store.records(session.identity(PROBLEM))]
+    statuses = [record.outcome.status for record in world.store.records(session.identity(ITEM))]
     assert statuses[-1] == "error"
 
 
@@ -296,7 +296,7 @@ def test_a_session_with_worker_processes_finds_and_records_the_same_way(tmp_path
         "topk_columns", rows=64, columns=64, width=1, dtype="float32", group_size=64, density=0.2
     )
     store, timer = Store(tmp_path / "trials.db"), CpuTimer(1 << 20)
-    bench = fake_bench(FakeTimer(), PoolBuilder(2))
+    bench = fake_bench(FakeTimer(), PoolBuilder(2, check))
     bench.timer = timer
     session = Session(bench, store, None, Settings(trials=3, budget_s=60.0), Profile.empty())
     try:
@@ -304,4 +304,4 @@ def test_a_session_with_worker_processes_finds_and_records_the_same_way(tmp_path
     finally:
         bench.builder.close()
     assert result.entry is not None and result.counts == {"ok": 3}
-    assert len(store.records(session.identity(problem))) == 3
+    assert len(store.records(session.identity(LabelledProblem("any", problem)))) == 3

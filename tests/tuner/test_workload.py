@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from chipmunk_kernels.delta.policies import names as policy_names
-from tuner.workload import WorkloadError, load_workload, names
+from tuner.workload import Bar, Workload, WorkloadError, load_workload, names
 
 EXPECTED = [
     "flux-dev",
     "flux-dev-hires",
     "flux-shapes",
+    "h200",
     "hunyuan-video",
     "laptop",
     "wan2.1-1.3b",
@@ -29,7 +30,8 @@ def test_every_workload_is_usable(name: str) -> None:
     workload = load_workload(name)
     problems = [item.problem for item in workload.problems]
     assert workload.name == name and workload.description
-    assert len(set(problems)) == len(problems)
+    calls = [(item.problem, item.options) for item in workload.problems]
+    assert len(set(calls)) == len(calls)
     assert set(workload.policies) <= set(policy_names())
     for problem in problems:
         if problem.operation == "topk_columns":  # what dispatch makes of scores (B, H, G, N)
@@ -67,6 +69,72 @@ def test_the_laptop_runs_in_the_processors_own_precision() -> None:
     for dtype in ("bfloat16", "float32"):
         attention = load_workload("laptop", dtype).select(["sparse_attention"])
         assert {item.problem.dtype for item in attention} == {dtype}
+
+
+SHAPE = "operation: sparse_attention, rows: 64, columns: 64, width: 64, density: 0.5"
+
+
+def loaded(folder: Path, *problems: str, head: str = "") -> Workload:
+    path = folder / "mine.yaml"
+    path.write_text("\n".join([head, "problems:", *(f"  - {{{problem}}}" for problem in problems)]))
+    return load_workload(str(path))
+
+
+def test_bars_are_for_a_backend_or_for_the_best(tmp_path: Path) -> None:
+    workload = loaded(
+        tmp_path,
+        f"label: a, {SHAPE}, bar: {{speedup: {{triton: 10.8, cupy_hopper: 13}}}}",
+        f"label: b, {SHAPE}, bar: {{time_of_dense: 0.03, dense: a}}",
+        SHAPE,
+        head="limits: {extra_mib: 64, launch_us: 15}",
+    )
+    a, b, plain = workload.problems
+    assert a.bars == (Bar("speedup", 10.8, "triton"), Bar("speedup", 13.0, "cupy_hopper"))
+    assert b.bars == (Bar("time_of_dense", 0.03, None, "a"),) and plain.bars == ()
+    assert a.bars[0].met_by(10.8) and not a.bars[0].met_by(10.7)
+    assert b.bars[0].met_by(0.03) and not b.bars[0].met_by(0.031)
+    assert dict(workload.limits) == {"extra_mib": 64.0, "launch_us": 15.0}
+
+
+def test_options_say_how_an_operation_is_called(tmp_path: Path) -> None:
+    gather = SHAPE.replace("sparse_attention", "gather_columns")
+    (item,) = loaded(tmp_path, f"{gather}, options: {{per_group: 1}}").problems
+    assert dict(item.options) == {"per_group": 1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("bar: {sped: 2}", "expected one of speedup"),
+        ("bar: {speedup: {cuda: 2}}", "expected backends among"),
+        ("bar: {speedup: 2, dense: nobody}", "no problem is labelled 'nobody'"),
+        ("options: {per_group: 1}", "for sparse_attention"),
+    ],
+)
+def test_a_bar_or_option_that_means_nothing_is_refused(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(WorkloadError, match=message):
+        loaded(tmp_path, f"{SHAPE}, {extra}")
+    with pytest.raises(WorkloadError, match="limits: expected"):
+        loaded(tmp_path, SHAPE, head="limits: {seconds: 3}")
+
+
+def bars(label: str) -> set[tuple[str, float, str | None]]:
+    found = next(item for item in load_workload("h200").problems if item.label == label)
+    return {(bar.measure, bar.value, bar.backend) for bar in found.bars}
+
+
+def test_the_h200_must_reach_what_was_set() -> None:
+    for label in ("Hunyuan 118656, 93 % sparse", "Hunyuan 119056, 93 % sparse"):
+        assert bars(label) == {("speedup", 13.0, "cupy_hopper"), ("speedup", 10.8, "triton")}
+    assert bars("Wan 75600, 90 % sparse") == {("speedup", 9.0, "cupy_hopper"), ("speedup", 7.6, "triton")}
+    for rows in (4352, 4480):
+        assert bars(f"FLUX {rows}, 83.5 % sparse") == {("speedup", 4.0, None)}
+        assert bars(f"FLUX {rows}, 93 % sparse") == {("speedup", 7.5, None)}
+    assert bars("Hunyuan 118656, column mass") == {("time_of_dense", 1.22, None)}
+    for percent, value in ((70, 2.75), (80, 3.7), (90, 6.2)):
+        assert bars(f"FLUX MLP, {percent} % sparse") == {("speedup", value, None)}
+    assert bars("video MLP, 70 % sparse") == {("speedup", 3.0, None)}
+    assert bars("Hunyuan selection, 5 % + 1 % random + text") == {("time_of_dense", 0.03, None)}
 
 
 @pytest.mark.parametrize(
