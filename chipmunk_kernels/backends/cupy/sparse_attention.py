@@ -1,0 +1,166 @@
+"""Launching sparse_attention.cu: column-sparse attention on any GPU since Ampere."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings, choice
+
+KINDS = {torch.float16: 1, torch.bfloat16: 2}
+WIDTHS = (64, 128)
+LOG2E = 1.4426950408889634
+VECTOR_BYTES = 16
+SMALLEST_BLOCK = 64  # rows; a smaller group leaves the rest of them idle
+REGISTERS_TO_ACCUMULATE = 200  # of a thread's 255; addresses and fragments take the others
+
+
+@dataclass(frozen=True)
+class SparseAttentionSettings(LaunchSettings):
+    """Tile and launch of the column-sparse attention kernel.
+
+    Attributes:
+        block_m: query rows of a block; fewer where the group has fewer.
+        block_n: columns of a pipeline stage.
+        warp_rows: rows of a warp. 32 read keys and values from shared memory half as often as 16, and take
+            nearly all registers.
+        stages: stages of keys and values in shared memory, one of them in use.
+        blocks: that must fit a multiprocessor's registers at once.
+    """
+
+    block_m: int = choice(128, 64, 96, 128, 192)
+    block_n: int = choice(64, 32, 64, 128)
+    warp_rows: int = choice(32, 16, 32)
+    stages: int = choice(2, 2, 3, 4)
+    blocks: int = choice(1, 1, 2, 3)
+
+    def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
+        if self.block_m > block_rows(self.block_m, problem.group_size):
+            return f"block_m {self.block_m} is taller than a group of {problem.group_size} rows"
+        accumulators = self.warp_rows * (problem.width + self.block_n) // 32
+        share = 65536 // (self.blocks * 32 * (self.block_m // self.warp_rows))
+        if accumulators > min(REGISTERS_TO_ACCUMULATE, share * 3 // 4):
+            return f"accumulates in {accumulators} of a thread's {min(share, 255)} registers"
+        needed = shared_bytes(problem.width, self.block_m, self)
+        if shared_memory_bytes is not None and needed > shared_memory_bytes:
+            return f"needs {needed} bytes of shared memory, the device has {shared_memory_bytes}"
+        return None
+
+
+def block_rows(block_m: int, group_size: int) -> int:
+    """`block_m`, or what covers the group where that is less."""
+    return min(block_m, max(SMALLEST_BLOCK, -(-group_size // 32) * 32))
+
+
+def shared_bytes(width: int, block_m: int, settings: SparseAttentionSettings) -> int:
+    """The queries, the stages of keys and values, and twice as many column lists."""
+    elements = width * (block_m + settings.stages * 2 * settings.block_n)
+    return elements * 2 + settings.stages * 2 * settings.block_n * 4
+
+
+def source(dtype: torch.dtype, width: int, block_m: int, settings: SparseAttentionSettings) -> Source:
+    """sparse_attention.cu for heads of `width` elements and blocks of `block_m` rows."""
+    return Source(
+        "sparse_attention.cu",
+        (
+            ("KIND", KINDS[dtype]),
+            ("WIDTH", width),
+            ("BLOCK_M", block_m),
+            ("BLOCK_N", settings.block_n),
+            ("WARP_ROWS", settings.warp_rows),
+            ("STAGES", settings.stages),
+            ("BLOCKS", settings.blocks),
+        ),
+    )
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: ColumnSet,
+    base: Tensor | None,
+    sign: int,
+    scale: float,
+    settings: SparseAttentionSettings,
+) -> tuple[Tensor, Tensor]:
+    """out = base + sign · softmax(q K[cols]ᵀ · scale) V[cols], and the softmax's natural-log normaliser.
+
+    Args:
+        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous. One whose rows do not begin
+            at multiples of 16 bytes is copied.
+        columns: the kept columns of every group of `columns.group_size` queries.
+        base: `(B, H, N, D)` in q's dtype, or None for zeros.
+        sign: +1 or −1.
+        scale: of the logits.
+
+    Returns:
+        out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32. A group that keeps
+        nothing gives its base, or zeros, and lse = −∞.
+    """
+    batch, heads, rows, width = q.shape
+    out = empty_like_queries(q)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    if scale < 0:
+        q, scale = -q, -scale  # the maximum is taken before scaling
+    q, k, v = whole_vectors(q), whole_vectors(k), whole_vectors(v)
+    base_strides: tuple[int, ...] = (0, 0, 0)
+    if base is not None:
+        base = whole_vectors(base)
+        base_strides = base.stride()[:3]
+    kernel, block_m, threads, shared = _kernel(q.dtype, width, columns.group_size, settings, q.device)
+    tiles = -(-columns.group_size // block_m)
+    launch(
+        kernel, q.device, batch * heads * columns.groups * tiles, threads,
+        q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
+        heads, rows, columns.groups, columns.capacity, columns.group_size, tiles,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
+        scale * LOG2E, float(sign),
+        shared_bytes=shared,
+    )  # fmt: skip
+    return out, lse
+
+
+def whole_vectors(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, whose rows begin at multiples of 16 bytes."""
+    steps = x.data_ptr() // x.element_size() if x.data_ptr() % x.element_size() == 0 else 1
+    for step in x.stride()[:-1]:
+        steps |= step
+    whole = steps % (VECTOR_BYTES // x.element_size()) == 0
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _kernel(
+    dtype: torch.dtype, width: int, group_size: int, settings: SparseAttentionSettings, device: torch.device
+) -> tuple[Any, int, int, int]:
+    """The kernel, its rows and threads a block, and its shared memory: one lookup for each call."""
+    block_m = block_rows(settings.block_m, group_size)
+    shared = shared_bytes(width, block_m, settings)
+    kernel = load(source(dtype, width, block_m, settings), "sparse_attention", device, shared)
+    return kernel, block_m, block_m // settings.warp_rows * 32, shared
+
+
+def _unsupported(dtype: torch.dtype, width: int) -> str | None:
+    """Why this kernel cannot run this dtype and head dimension, or None."""
+    if width not in WIDTHS:
+        return f"cupy attention takes head dimensions {', '.join(map(str, WIDTHS))}; got {width}"
+    return None if dtype in KINDS else f"cupy attention takes float16 and bfloat16; got {dtype}"
+
+
+KERNELS = (Kernel("sparse_attention", "cupy", sparse_attention, SparseAttentionSettings, _unsupported),)
+
+SOURCES = (
+    source(torch.bfloat16, 128, 128, SparseAttentionSettings()),
+    source(torch.float16, 64, 128, SparseAttentionSettings()),
+    source(torch.bfloat16, 128, 64, SparseAttentionSettings(warp_rows=16, blocks=3)),
+)
