@@ -1,0 +1,534 @@
+// Column-sparse attention on Hopper: each group of queries attends to its own scattered columns only.
+//
+// One warpgroup fetches, CONSUMERS others compute. The fetching one gathers BLOCK_COLUMNS rows of k and of v at a
+// time, 16 bytes a thread, into swizzled tiles that wgmma reads; each computing one owns 64 queries, whose logits,
+// weights and output stay in its registers (the structure of FlashAttention-3, arXiv 2407.08608). TMA cannot gather
+// rows on this architecture, and a bulk copy cannot swizzle them, so cp.async it is: one shuffle, one multiply-add
+// and one copy for every 512 bytes.
+//
+// Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's keys
+// and values in the L2 cache. The fetching warpgroup runs ahead into the next row tile, so its first loads hide
+// behind the last products and the epilogue of the one before.
+//
+// Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
+// BLOCKS (that share a multiprocessor).
+#include "hopper.cuh"
+
+constexpr int WARPGROUP_ROWS = 64;
+constexpr int ROWS = WARPGROUP_ROWS * CONSUMERS;
+constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
+constexpr int WARPS = 4;  // of a warpgroup
+constexpr int HALVES = WIDTH / TILE_WIDTH;
+constexpr int STEP = 16;  // of a product's inner dimension
+
+// A thread of the fetching warpgroup moves the same 16-byte chunk of every row it takes part in.
+constexpr int CHUNKS = WIDTH / 8;
+constexpr int ROWS_AT_ONCE = WARPGROUP / CHUNKS;
+constexpr int PASSES = BLOCK_COLUMNS / ROWS_AT_ONCE;
+constexpr int AHEAD = 4;
+constexpr int ENTRIES = (PASSES + CHUNKS - 1) / CHUNKS;  // of the list, that it reads for its row's neighbours
+
+constexpr int COLUMN_TILE_BYTES = BLOCK_COLUMNS * ROW_BYTES;
+constexpr int STAGE_BYTES = HALVES * COLUMN_TILE_BYTES;
+constexpr int QUERY_TILE_BYTES = WARPGROUP_ROWS * ROW_BYTES;
+constexpr int QUERY_BYTES = CONSUMERS * HALVES * QUERY_TILE_BYTES;
+constexpr int BARRIERS_OFFSET = QUERY_BYTES + 2 * STAGES * STAGE_BYTES;
+
+// The register file, shared out: what fetching needs, and equal parts of the rest.
+constexpr int LAUNCH_REGISTERS = 65536 / (THREADS * BLOCKS) / 8 * 8;
+constexpr int FETCH_REGISTERS = LAUNCH_REGISTERS < 128 ? 24 : CONSUMERS == 3 ? 32 : 40;
+constexpr int COMPUTE_REGISTERS_WANTED =
+    (LAUNCH_REGISTERS * (CONSUMERS + 1) - FETCH_REGISTERS) / CONSUMERS / 8 * 8;
+constexpr int COMPUTE_REGISTERS = COMPUTE_REGISTERS_WANTED > 240 ? 240 : COMPUTE_REGISTERS_WANTED;
+constexpr bool SHARE_REGISTERS = COMPUTE_REGISTERS > LAUNCH_REGISTERS;
+
+constexpr float LN2 = 0.6931471805599453f;
+// The output is rescaled only when a row's maximum has grown by more than this, in powers of 2: the weights are
+// relative to a maximum up to that much too small, which float32 sums and 16-bit weights bear without loss.
+constexpr float SLACK = 8.0f;
+
+struct Shape {
+    int heads, rows, groups, group_size, tiles, total;
+    long long capacity;
+};
+
+// Row tile `tile` of `tiles` in each of the `groups` of each (batch, head) pair.
+struct Place {
+    int b, h, first, limit;  // limit: the row after the last that is both in the group and a query
+
+    __device__ __forceinline__ Place(const Shape& shape, int tile) {
+        int pair = tile / (shape.groups * shape.tiles);
+        int rest = tile - pair * (shape.groups * shape.tiles);
+        int group = rest / shape.tiles;
+        b = pair / shape.heads;
+        h = pair - b * shape.heads;
+        first = group * shape.group_size + (rest - group * shape.tiles) * ROWS;
+        limit = min((group + 1) * shape.group_size, shape.rows);
+    }
+};
+
+// Which of the column lists it uses.
+__device__ __forceinline__ long long list_of(const Shape& shape, int tile) { return tile / shape.tiles; }
+
+// A ring of stages: where it stands, and the parity of this round.
+struct Ring {
+    int stage = 0, parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Shared {
+    unsigned queries, keys, values, barriers;
+
+    __device__ __forceinline__ explicit Shared(unsigned start)
+        : queries(start),
+          keys(start + QUERY_BYTES),
+          values(start + QUERY_BYTES + STAGES * STAGE_BYTES),
+          barriers(start + BARRIERS_OFFSET) {}
+
+    __device__ __forceinline__ unsigned barrier(int kind, int stage) const {
+        return barriers + 8 * (kind * STAGES + stage);
+    }
+    __device__ __forceinline__ unsigned keys_full(int stage) const { return barrier(0, stage); }
+    __device__ __forceinline__ unsigned keys_empty(int stage) const { return barrier(1, stage); }
+    __device__ __forceinline__ unsigned values_full(int stage) const { return barrier(2, stage); }
+    __device__ __forceinline__ unsigned values_empty(int stage) const { return barrier(3, stage); }
+    __device__ __forceinline__ unsigned queries_full() const { return barrier(4, 0); }
+    __device__ __forceinline__ unsigned queries_empty() const { return barrier(4, 0) + 8; }
+
+    __device__ __forceinline__ void initialise() const {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(keys_full(stage), WARPGROUP);
+            barrier_init(values_full(stage), WARPGROUP);
+            barrier_init(keys_empty(stage), CONSUMERS * WARPS);
+            barrier_init(values_empty(stage), CONSUMERS * WARPS);
+        }
+        barrier_init(queries_full(), WARPGROUP);
+        barrier_init(queries_empty(), CONSUMERS * WARPS);
+        fence_barrier_init();
+    }
+};
+
+// ---- Fetching ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int read_entry(const int* entry) {
+    int value;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(value) : "l"(entry));
+    return value;
+}
+
+// A list's columns in tiles: the first is the one that may be partly filled, so that all later ones need no mask.
+struct Columns {
+    const int* list;
+    int count, tiles, head;  // head: columns of the first tile
+
+    __device__ __forceinline__ Columns(const int* list, int count)
+        : list(list),
+          count(count),
+          tiles((count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS),
+          head(count - (tiles - 1) * BLOCK_COLUMNS) {}
+
+    // Entries of tile `tile` for the rows that this thread's neighbours fetch; a slot past the tile repeats its
+    // last column, whose weight is masked.
+    __device__ __forceinline__ void read(int (&column)[ENTRIES], int tile, int chunk, int row) const {
+        int start = tile == 0 ? 0 : head + (tile - 1) * BLOCK_COLUMNS;
+        int last = tile == 0 ? head - 1 : count - 1;
+#pragma unroll
+        for (int e = 0; e < ENTRIES; ++e) {
+            int slot = start + (e * CHUNKS + chunk) * ROWS_AT_ONCE + row;
+            column[e] = read_entry(list + min(slot, last));
+        }
+    }
+};
+
+// Row `row` of a table whose rows are `stride` bytes apart: one instruction.
+__device__ __forceinline__ const char* row_of(const char* table, int row, int stride) {
+    const char* address;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(table));
+    return address;
+}
+
+// One tile of keys or values. `table` and `target` point at this thread's chunk of the first row. Addresses are
+// made a few ahead of their copies, since each takes a shuffle's time.
+__device__ __forceinline__ void gather(
+    unsigned target, const char* table, int stride, const int (&column)[ENTRIES], unsigned barrier) {
+#pragma unroll
+    for (int start = 0; start < PASSES; start += AHEAD) {
+        const char* address[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD && start + i < PASSES; ++i) {
+            int pass = start + i;
+            address[i] =
+                row_of(table, __shfl_sync(0xffffffff, column[pass / CHUNKS], pass % CHUNKS, CHUNKS), stride);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD && start + i < PASSES; ++i)
+            copy_16(target + (start + i) * ROWS_AT_ONCE * ROW_BYTES, address[i]);
+    }
+    barrier_arrive_after_copies(barrier);
+}
+
+// The query rows of a tile; those past the limit repeat the last, their results are not stored. Once a row tile, so
+// rolled up: unrolled, its addresses would take the registers of the gathers around it.
+__device__ __forceinline__ void fetch_queries(
+    unsigned target, const char* q, int stride, int row, int last, unsigned barrier) {
+#pragma unroll 1
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
+#pragma unroll 2
+        for (int at = 0; at < WARPGROUP_ROWS; at += ROWS_AT_ONCE, row += ROWS_AT_ONCE)
+            copy_16(target + at * ROW_BYTES, row_of(q, min(row, last), stride));
+        target += HALVES * QUERY_TILE_BYTES;
+    }
+    barrier_arrive_after_copies(barrier);
+}
+
+struct Inputs {
+    const char *q, *k, *v;
+    const int *indices, *counts;
+    long long q_b, q_h, k_b, k_h, v_b, v_h;
+    int q_n, k_n, v_n;
+};
+
+__device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, const Shared& shared) {
+    const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
+    const int place_in_tile = swizzled(row, chunk % 8);
+    const unsigned target = chunk / 8 * COLUMN_TILE_BYTES + place_in_tile;
+    const unsigned query_target = shared.queries + chunk / 8 * QUERY_TILE_BYTES + place_in_tile;
+
+    Ring keys, values;
+    int queries_parity = 0;
+    int upcoming[ENTRIES], current[ENTRIES], held[ENTRIES];
+    int tile = blockIdx.x;
+    Columns columns(in.indices + list_of(shape, tile) * shape.capacity, in.counts[list_of(shape, tile)]);
+    if (columns.count > 0) columns.read(upcoming, 0, chunk, row);
+
+    while (tile < shape.total) {
+        const Place place(shape, tile);
+        const int next = tile + gridDim.x;
+        const long long list = list_of(shape, min(next, shape.total - 1));
+        const Columns following(in.indices + list * shape.capacity, in.counts[list]);
+        const char* k = in.k + place.b * in.k_b + place.h * in.k_h + chunk * 16;
+        const char* v = in.v + place.b * in.v_b + place.h * in.v_h + chunk * 16;
+
+        // Keys run one tile ahead of values, as the products do; list entries one ahead of the keys.
+        for (int t = 0; t <= columns.tiles; ++t) {
+            const bool more = t < columns.tiles;
+#pragma unroll
+            for (int e = 0; e < ENTRIES; ++e) {
+                held[e] = current[e];
+                current[e] = upcoming[e];
+            }
+            if (more) {
+                if (t + 1 < columns.tiles) columns.read(upcoming, t + 1, chunk, row);
+                barrier_wait(shared.keys_empty(keys.stage), keys.parity ^ 1);
+                gather(shared.keys + keys.stage * STAGE_BYTES + target, k, in.k_n, current,
+                       shared.keys_full(keys.stage));
+                keys.advance();
+            } else if (following.count > 0) {
+                following.read(upcoming, 0, chunk, row);
+            }
+            if (t > 0) {
+                barrier_wait(shared.values_empty(values.stage), values.parity ^ 1);
+                gather(shared.values + values.stage * STAGE_BYTES + target, v, in.v_n, held,
+                       shared.values_full(values.stage));
+                values.advance();
+            } else if (more) {
+                barrier_wait(shared.queries_empty(), queries_parity ^ 1);
+                const char* q = in.q + place.b * in.q_b + place.h * in.q_h + chunk * 16;
+                fetch_queries(query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
+                queries_parity ^= 1;
+            }
+        }
+        columns = following;
+        tile = next;
+    }
+    copies_commit();
+    copies_wait<0>();  // the block's shared memory outlives the copies into it
+}
+
+// ---- Computing -----------------------------------------------------------------------------------------------
+
+typedef float Logits[BLOCK_COLUMNS / 2];
+typedef unsigned Weights[BLOCK_COLUMNS / 4];
+typedef float Output[WIDTH / 2];
+
+// The softmax state of a thread's two rows; `total` counts its own columns only.
+struct Softmax {
+    float maximum[2], total[2], rescale[2];
+    bool moved;  // whether what was accumulated so far is to be multiplied by `rescale`
+};
+
+__device__ __forceinline__ float over_columns(float x, bool maximum) {
+#pragma unroll
+    for (int lane = 1; lane <= 2; lane *= 2) {
+        float other = __shfl_xor_sync(0xffffffff, x, lane);
+        x = maximum ? fmaxf(x, other) : x + other;
+    }
+    return x;
+}
+
+// Logits become weights. FIRST: there was no tile before, and only the first `live` columns of this one count; the
+// others repeat the last of those, so that they leave the maximum as it is.
+template <bool FIRST>
+__device__ __forceinline__ void weigh(Logits& s, Softmax& state, float scale, int live) {
+    float maximum[2], offset[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        maximum[r] = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+        for (int i = 4; i < BLOCK_COLUMNS / 2; i += 4)
+            maximum[r] = fmaxf(maximum[r], fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        maximum[r] = over_columns(maximum[r], true);
+    }
+    if (FIRST) {
+        state.maximum[0] = maximum[0];
+        state.maximum[1] = maximum[1];
+        state.total[0] = state.total[1] = 0.0f;
+    } else {
+        const float growth = fmaxf(maximum[0] - state.maximum[0], maximum[1] - state.maximum[1]);
+        state.moved = __any_sync(0xffffffff, growth * scale > SLACK);
+        if (state.moved) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float raised = fmaxf(state.maximum[r], maximum[r]);
+                state.rescale[r] = exp2_fast((state.maximum[r] - raised) * scale);
+                state.maximum[r] = raised;
+                state.total[r] *= state.rescale[r];
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) offset[r] = state.maximum[r] * scale;
+#pragma unroll
+    for (int i = 0; i < BLOCK_COLUMNS / 2; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -offset[i / 2 % 2]));
+    if (FIRST && live < BLOCK_COLUMNS) {
+        const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < BLOCK_COLUMNS / 2; ++i)
+            if (i / 4 * 8 + column + i % 2 >= live) s[i] = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float even = s[2 * r], odd = s[2 * r + 1];
+#pragma unroll
+        for (int i = 4; i < BLOCK_COLUMNS / 2; i += 4) {
+            even += s[i + 2 * r];
+            odd += s[i + 2 * r + 1];
+        }
+        state.total[r] += even + odd;
+    }
+}
+
+__device__ __forceinline__ void pack_weights(Weights& p, const Logits& s) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_COLUMNS / 4; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
+    pin(p);  // all packed before the products begin, not between them
+}
+
+__device__ __forceinline__ void rescale_output(Output& o, const Softmax& state) {
+    if (state.moved) {
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
+    }
+}
+
+// s = Q Kᵀ
+__device__ __forceinline__ void multiply_keys(Logits& s, Descriptor queries, Descriptor keys) {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int k = 0; k < TILE_WIDTH / STEP; ++k)
+            multiply<0, 0>(
+                s, queries + (half * QUERY_TILE_BYTES >> 4) + k * K_STEP,
+                keys + (half * COLUMN_TILE_BYTES >> 4) + k * K_STEP, half + k > 0);
+    products_commit();
+}
+
+// o += P V
+__device__ __forceinline__ void multiply_values(Output& o, const Weights& p, Descriptor values) {
+#pragma unroll
+    for (int k = 0; k < BLOCK_COLUMNS / STEP; ++k)
+        multiply<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + k * MN_STEP, 1);
+    products_commit();
+}
+
+struct Outputs {
+    const char* base;
+    char* out;
+    float* lse;
+    long long base_b, base_h, base_n, out_b, out_h, out_n;
+    float scale_log2, sign;
+};
+
+// out = base + sign · o / total for this thread's two rows: pairs of neighbouring columns, 4 bytes.
+__device__ __forceinline__ void store(
+    const Output& o, const Softmax& state, const Outputs& to, const Shape& shape, const Place& place, int row) {
+    const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int at = place.first + row + 8 * r;
+        const float total = over_columns(state.total[r], false);
+        if (at >= place.limit) continue;
+        const float factor = total > 0.0f ? to.sign / total : 0.0f;
+        char* out = to.out + place.b * to.out_b + place.h * to.out_h + at * to.out_n + 2 * column;
+        const char* base = to.base + place.b * to.base_b + place.h * to.base_h + at * to.base_n + 2 * column;
+        unsigned onto[WIDTH / 8];
+        if (to.base) {
+#pragma unroll
+            for (int j = 0; j < WIDTH / 8; ++j) onto[j] = *reinterpret_cast<const unsigned*>(base + 16 * j);
+        }
+#pragma unroll
+        for (int j = 0; j < WIDTH / 8; ++j) {
+            float low = o[4 * j + 2 * r] * factor, high = o[4 * j + 2 * r + 1] * factor;
+            if (to.base) {
+                low += low_float(onto[j]);
+                high += high_float(onto[j]);
+            }
+            *reinterpret_cast<unsigned*>(out + 16 * j) = pack(low, high);
+        }
+        if (column == 0)
+            to.lse[(static_cast<long long>(place.b) * shape.heads + place.h) * shape.rows + at] =
+                total > 0.0f ? (state.maximum[r] * to.scale_log2 + log2_fast(total)) * LN2
+                             : __uint_as_float(0xff800000);
+    }
+}
+
+__device__ __forceinline__ void release(unsigned barrier, int lane) {
+    if (lane == 0) barrier_arrive(barrier);
+}
+
+// PING_PONG: the warpgroups issue their products in turns, so that one's softmax meets the others' products.
+constexpr int FIRST_TURN = 1;
+
+__device__ __forceinline__ void await_turn(int consumer) {
+    if (PING_PONG) named_sync(FIRST_TURN + consumer, 2 * WARPGROUP);
+}
+
+__device__ __forceinline__ void pass_turn(int consumer) {
+    if (PING_PONG) named_arrive(FIRST_TURN + (consumer + 1) % CONSUMERS, 2 * WARPGROUP);
+}
+
+// What cp.async wrote, the generic proxy wrote: each thread that is about to read it through wgmma, the async proxy,
+// puts a fence between the barrier, by which it knows of those writes, and its products. The other direction needs
+// none: a stage is released only after its products have finished, and written only after that.
+__device__ __forceinline__ void await_tile(unsigned barrier, int parity) {
+    barrier_wait(barrier, parity);
+    fence_async_proxy();
+}
+
+__device__ __forceinline__ void compute(
+    const int* counts, const Outputs& to, const Shape& shape, const Shared& shared, int consumer) {
+    const int lane = threadIdx.x % WARP;
+    const int row = consumer * WARPGROUP_ROWS + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
+    const Descriptor queries = k_major(shared.queries + consumer * HALVES * QUERY_TILE_BYTES);
+    const Descriptor all_keys = k_major(shared.keys), all_values = mn_major(shared.values, COLUMN_TILE_BYTES);
+    const float scale = to.scale_log2;
+
+    Ring keys, values;
+    int queries_parity = 0;
+    int count = counts[list_of(shape, blockIdx.x)];
+    if (PING_PONG && consumer == 0) named_arrive(FIRST_TURN, 2 * WARPGROUP);
+
+    for (int tile = blockIdx.x; tile < shape.total; tile += gridDim.x) {
+        const int tiles = (count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+        const int head = count - (tiles - 1) * BLOCK_COLUMNS;
+        count = counts[list_of(shape, min(tile + static_cast<int>(gridDim.x), shape.total - 1))];
+        Output o;
+        Softmax state;
+        state.total[0] = state.total[1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; ++i) o[i] = 0.0f;
+        pin(o);
+
+        if (tiles > 0) {
+            Logits s;
+            Weights p;
+            barrier_wait(shared.queries_full(), queries_parity);
+            queries_parity ^= 1;
+            await_tile(shared.keys_full(keys.stage), keys.parity);
+            products_fence();
+            multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
+            products_wait<0>();
+            pin(s);
+            release(shared.keys_empty(keys.stage), lane);
+            keys.advance();
+            weigh<true>(s, state, scale, head);
+            pack_weights(p, s);
+
+            for (int t = 1; t < tiles; ++t) {
+                await_tile(shared.keys_full(keys.stage), keys.parity);
+                await_turn(consumer);
+                products_fence();
+                if (OVERLAP) multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
+                await_tile(shared.values_full(values.stage), values.parity);
+                products_fence();
+                multiply_values(o, p, all_values + (values.stage * STAGE_BYTES >> 4));
+                if (!OVERLAP) {
+                    // The logits take the place of the weights.
+                    products_wait<0>();
+                    pin(o);
+                    products_fence();
+                    multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
+                }
+                pass_turn(consumer);
+                products_wait<OVERLAP ? 1 : 0>();
+                pin(s);
+                release(shared.keys_empty(keys.stage), lane);
+                keys.advance();
+                weigh<false>(s, state, scale, BLOCK_COLUMNS);
+                products_wait<0>();
+                pin(o);
+                pin(p);
+                release(shared.values_empty(values.stage), lane);
+                values.advance();
+                rescale_output(o, state);
+                pack_weights(p, s);
+            }
+            release(shared.queries_empty(), lane);
+
+            await_tile(shared.values_full(values.stage), values.parity);
+            products_fence();
+            multiply_values(o, p, all_values + (values.stage * STAGE_BYTES >> 4));
+            products_wait<0>();
+            pin(o);
+            release(shared.values_empty(values.stage), lane);
+            values.advance();
+        }
+        store(o, state, to, shape, Place(shape, tile), row);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
+    const char* q, const char* k, const char* v, const int* indices, const int* counts, const char* base, char* out,
+    float* lse, long long q_b, long long q_h, long long q_n, long long k_b, long long k_h, long long k_n,
+    long long v_b, long long v_h, long long v_n, long long base_b, long long base_h, long long base_n,
+    long long out_b, long long out_h, long long out_n, long long heads, long long rows, long long groups,
+    long long capacity, long long group_size, long long tiles, long long total, double scale_log2, double sign) {
+    extern __shared__ __align__(ATOM_BYTES) unsigned char memory[];
+    const Shared shared(shared_address(memory));
+    const Shape shape{static_cast<int>(heads),      static_cast<int>(rows),  static_cast<int>(groups),
+                      static_cast<int>(group_size), static_cast<int>(tiles), static_cast<int>(total), capacity};
+    if (threadIdx.x == 0) {
+        if (shared.queries % ATOM_BYTES) asm volatile("trap;");  // swizzling goes by the address
+        shared.initialise();
+    }
+    __syncthreads();
+
+    if (threadIdx.x < WARPGROUP) {
+        if constexpr (SHARE_REGISTERS) give_registers<FETCH_REGISTERS>();
+        const Inputs in{q,   k,   v,   indices, counts,
+                        q_b, q_h, k_b, k_h,     v_b,
+                        v_h, static_cast<int>(q_n), static_cast<int>(k_n), static_cast<int>(v_n)};
+        fetch(in, shape, shared);
+    } else {
+        if constexpr (SHARE_REGISTERS) take_registers<COMPUTE_REGISTERS>();
+        const Outputs to{base,   out,   lse,   base_b, base_h,
+                         base_n, out_b, out_h, out_n,  static_cast<float>(scale_log2), static_cast<float>(sign)};
+        compute(counts, to, shape, shared, __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0) - 1);
+    }
+}
