@@ -104,6 +104,33 @@ __device__ __forceinline__ bool elected() {
     return chosen;
 }
 
+// ---- Global memory -------------------------------------------------------------------------------------------
+
+// Between blocks: what came before an `add_release` of one block is visible after a `load_acquire` that sees it.
+__device__ __forceinline__ int load_acquire(const int* counter) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void add_release(int* counter, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Memory that no thread writes during the launch; unlike `__ldg`, the compiler leaves the load in its place.
+__device__ __forceinline__ int load_constant(const int* source) {
+    int value;
+    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(source));
+    return value;
+}
+
+// threadIdx.x, read anew: the compiler does not keep what it derives from this across loop iterations.
+__device__ __forceinline__ int thread_number() {
+    int number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+}
+
 // ---- Copies --------------------------------------------------------------------------------------------------
 
 // 16 bytes, asynchronously, past L1. Both addresses are multiples of 16.
@@ -240,6 +267,12 @@ __device__ __forceinline__ Descriptor mn_major(unsigned address, int tile_bytes)
 }
 constexpr Descriptor MN_STEP = 16 * ROW_BYTES >> 4;
 
+// The descriptor of what lies `bytes` further on. Only its low word changes, so this is one 32-bit addition.
+__device__ __forceinline__ Descriptor further(Descriptor from, int bytes) {
+    unsigned low = static_cast<unsigned>(from) + (bytes >> 4);
+    return (from & 0xffffffff00000000ull) | low;
+}
+
 // Four 8x8 matrices of 16-bit elements, one row address a lane, fragments as the accumulators of wgmma are spread.
 __device__ __forceinline__ void store_matrix_4(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
     asm volatile(
@@ -297,6 +330,12 @@ template <int COUNT>
 __device__ __forceinline__ void pin(unsigned (&values)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
+// A value that the compiler may not compute again: keeps a conversion out of a loop.
+__device__ __forceinline__ float once(float value) {
+    asm volatile("" : "+f"(value));
+    return value;
 }
 
 template <int N>
