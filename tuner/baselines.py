@@ -21,6 +21,8 @@ from chipmunk_kernels.problem import Problem
 from tuner.problem import Case, Options
 
 ATTENTION = ("dense_attention", "colsum_attention", "sparse_attention")
+COMPILED = (*ATTENTION, "sparse_mlp")
+"""Operations with a dense baseline that torch.compile makes."""
 CROSSED = ("sparse_attention", "sparse_mlp")
 """Operations whose time grows with density until the dense baseline is the faster."""
 

@@ -189,8 +189,10 @@ def _sparse_attention(problem: Problem, draw: _Draw) -> dict[str, Any]:
 def _topk_columns(problem: Problem, draw: _Draw) -> dict[str, Any]:
     scores = draw.normal(problem.batch, problem.heads, problem.groups, problem.columns)
     wanted = {"always_kept": 5, "random": 3 if problem.columns > 8 else 0} if draw.ragged else draw.options
-    always_kept = min(wanted.get("always_kept", 0), problem.columns)
-    random = min(wanted.get("random", 0), problem.columns - always_kept)
+    # At most an eighth each, so that the same problem made small still chooses by score.
+    most = max(5, problem.columns // 8)
+    always_kept = min(wanted.get("always_kept", 0), most, problem.columns)
+    random = min(wanted.get("random", 0), most, problem.columns - always_kept)
     k = min(problem.kept_columns, problem.columns - always_kept - random)
     always = None
     if always_kept:

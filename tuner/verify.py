@@ -159,6 +159,8 @@ class Sampled:
         if place not in self._expected:
             case = self._case
             inputs = {name: _sliced(name, value, place, case) for name, value in _before(case).items()}
+            if case.problem.operation == "topk_columns":
+                inputs["place"] = place
             self._expected[place] = _truth_and_peer(case.problem.operation, inputs)
         return self._expected[place]
 
@@ -251,18 +253,27 @@ def _parts(columns: ColumnSet) -> dict[str, Any]:
 
 
 def _topk_mask(inputs: dict[str, Any]) -> Tensor:
-    """The reference's selection, for always-kept columns that lead the row, as cases have them."""
-    scores, always = inputs["scores"], inputs["always"]
+    """The reference's selection, for always-kept columns that lead the row, as cases have them.
+
+    The draw of extras depends on where a group stands: with a `place`, scores are that one group's.
+    """
+    scores, always, place = inputs["scores"], inputs["always"], inputs.get("place")
     indices, counts = select.topk_columns(
         scores,
         inputs["k"],
         group_size=1,
         keep=[] if always is None else [(0, int(always[0].sum()))],
-        random=inputs["random"],
+        random=0 if place else inputs["random"],
         seed=inputs["seed"],
         key_length=inputs["key_length"],
     )
-    return _mask(indices, counts, scores.shape[-1])
+    kept = _mask(indices, counts, scores.shape[-1])
+    if place and inputs["random"]:
+        b, h, g = place
+        rest = (~kept[0, 0, 0, : inputs["key_length"]]).nonzero()[:, 0].tolist()
+        hashes = {n: select.extras_hash(inputs["seed"], b, h, g, n) for n in rest}
+        kept[0, 0, 0, sorted(rest, key=lambda n: (-hashes[n], n))[: inputs["random"]]] = True
+    return kept
 
 
 def _comparable(case: Case, outputs: Outputs) -> Outputs:

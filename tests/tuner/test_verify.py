@@ -14,7 +14,7 @@ from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from tuner.problem import MUTATED, make_case, scattered_columns
-from tuner.verify import Check, PoisonedMemory, verify
+from tuner.verify import Check, PoisonedMemory, Sampled, verify
 
 CPU = torch.device("cpu")
 PROBLEMS = [
@@ -37,6 +37,43 @@ def test_the_torch_backend_passes(problem: Problem) -> None:
     for seed in (1, 2):
         check = verify(kernel, kernel.settings(), problem, CPU, seed)
         assert check.ok, check.explain()
+
+
+@pytest.mark.parametrize(
+    ("problem", "options"),
+    [
+        (Problem("topk_columns", 640, 700, 1, heads=3, dtype="float32", density=0.1), {"random": 40}),
+        (
+            Problem("topk_columns", 640, 700, 1, batch=2, dtype="float32", density=0.1),
+            {"always_kept": 30, "random": 9},
+        ),
+        (Problem("gather_columns", 200, 300, 64, heads=2, group_size=64, density=0.1), {"per_group": 1}),
+    ],
+)
+def test_calls_that_shapes_do_not_describe_are_verified_too(
+    problem: Problem, options: dict[str, int]
+) -> None:
+    kernel = registry.kernel(problem.operation, "torch")
+    chosen = tuple(sorted(options.items()))
+    case = make_case(problem, CPU, 0, options=chosen)
+    if problem.operation == "topk_columns":
+        assert (case.inputs["random"], case.inputs["k"]) == (options["random"], problem.kept_columns)
+    for seed in (1, 2):
+        check = verify(kernel, kernel.settings(), problem, CPU, seed, chosen)
+        assert check.ok, check.explain()
+
+
+def without_extras(run: Any, scores: Any, k: int, always: Any, random: int, *rest: Any) -> Any:
+    return run(scores, k + random, always, 0, *rest)
+
+
+def test_extras_that_are_not_drawn_are_noticed_at_full_size() -> None:
+    kernel, _ = spoiled("topk_columns", without_extras)
+    problem = Problem("topk_columns", 640, 700, 1, heads=3, dtype="float32", density=0.1)
+    case = make_case(problem, CPU, 0, options=(("random", 40),))
+    assert not Sampled(case, 0).check(kernel, kernel.settings()).ok
+    right = registry.kernel("topk_columns", "torch")
+    assert Sampled(case, 0).check(right, right.settings()).ok
 
 
 def spoiled(operation: str, spoil: Callable[..., Any]) -> tuple[Kernel, Problem]:

@@ -1,0 +1,1 @@
+"""Which bars of a workload are met here: `python -m suites.benchmarks.bars`."""

@@ -1,0 +1,186 @@
+"""One kernel on one problem: verified, then timed against the best dense baseline, round by round.
+
+`prepare` and `measure` run in worker processes, so that a kernel that hangs or faults takes nothing with it:
+`prepare` side by side (it compiles), `measure` alone on the device. A worker keeps the inputs and the
+baseline of the problem in hand for the next backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from chipmunk_kernels import dispatch, profiles
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings
+from suites.benchmarks.bars.costs import extra_mib, launch_us
+from suites.benchmarks.bench import make_timer
+from tuner.baselines import Baseline, Survey, survey
+from tuner.hardware import detect
+from tuner.measure import Timer, TimingPolicy, interleave
+from tuner.measure import measure as measure_baseline
+from tuner.problem import Case, KernelWork, Options, make_case
+from tuner.statistics import Interval, median_interval, paired_ratio
+from tuner.verify import Check, Sampled, verify_small
+from tuner.workload import LabelledProblem
+
+DENSE = "dense"
+"""The name of the baseline among the backends: a task with it times nothing else."""
+SCREENING = TimingPolicy(warm_up_s=0.02, min_samples=2, max_samples=7, max_seconds=0.1)
+FAR_BEHIND = 1.5
+"""A baseline that much slower in a first sample is out: over a video, a second one takes half a second."""
+WARM_UP_S = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One backend on one problem, in plain values that travel to another process.
+
+    Attributes:
+        item: the problem.
+        backend: whose kernel, or `DENSE`.
+        device: where.
+        profile: path of the tuned settings, None for those that dispatch finds.
+        seed: of the inputs.
+        max_seconds: for the timed rounds.
+        compiled: compare with what torch.compile makes, too.
+    """
+
+    item: LabelledProblem
+    backend: str
+    device: str
+    profile: str | None = None
+    seed: int = 0
+    max_seconds: float = 1.5
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a task.
+
+    Attributes:
+        item: the problem.
+        backend: whose kernel.
+        status: `ok`, or why there is no timing: `wrong`, `missing`, `left out`, `not reached`, or a status of
+            `tuner.store`.
+        reason: one line; empty for `ok`.
+        settings: the kernel's launch settings.
+        tuned: they are not the defaults.
+        time: of one call in ms.
+        dense: of the fastest dense baseline in the same rounds, in ms.
+        dense_name: which baseline that was.
+        dense_failed: baselines that could not run, and why.
+        speedup: dense over kernel, by rounds.
+        check: the worst error against float64 at full size.
+        extra_mib: memory of a call beyond inputs and results; None where it cannot be told.
+        launch_us: host time of one launch; None where nothing is launched.
+    """
+
+    item: LabelledProblem
+    backend: str
+    status: str = "ok"
+    reason: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+    time: Interval | None = None
+    dense: Interval | None = None
+    dense_name: str = ""
+    dense_failed: dict[str, str] = field(default_factory=dict)
+    speedup: Interval | None = None
+    check: Check | None = None
+    extra_mib: float | None = None
+    launch_us: float | None = None
+
+
+def chosen(task: Task) -> tuple[Kernel, LaunchSettings]:
+    """The backend's kernel with its tuned settings where the profile has some, else its defaults.
+
+    Raises:
+        RuntimeError: the backend cannot run the problem here; the message says why.
+        ProfileError: the profile cannot be read.
+    """
+    device = torch.device(task.device)
+    profile = profiles.find(device, task.profile)
+    return dispatch.select(task.item.problem, device, backend=task.backend, profile=profile)
+
+
+def prepare(task: Task) -> Check:
+    """Compile a kernel and verify it on a small case; of a baseline, compile what torch.compile makes."""
+    problem, options, device = task.item.problem, task.item.options, torch.device(task.device)
+    if task.backend == DENSE:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the workers are the threads
+        survey(make_case(problem, device, task.seed, options=options), compiled=task.compiled)
+        return Check(0.0, 0.0, "dense baselines")
+    kernel, settings = chosen(task)
+    return verify_small(kernel, settings, problem, device, task.seed + 1, options)
+
+
+def measure(task: Task) -> Row:
+    """Verify some groups at full size, time kernel and baseline in turn, and count what a call costs."""
+    subject = _subject(task.item.problem, task.item.options, task.device, task.seed, task.compiled)
+    dense_name, failed = subject.baseline.name, subject.survey.failed
+    works: dict[str, Any] = {DENSE: subject.baseline}
+    if task.backend == DENSE:
+        samples, _ = interleave(works, subject.timer, max_rounds=7, max_seconds=task.max_seconds)
+        dense = median_interval(samples[DENSE])
+        return Row(task.item, DENSE, dense=dense, dense_name=dense_name, dense_failed=failed)
+    kernel, settings = chosen(task)
+    tuned = settings != kernel.settings()
+    check = subject.sampled.check(kernel, settings)
+    if not check.ok:
+        return Row(task.item, task.backend, "wrong", check.explain(), settings.as_dict(), tuned, check=check)
+    works[task.backend] = KernelWork(subject.case, kernel, settings)
+    samples, _ = interleave(works, subject.timer, max_seconds=task.max_seconds, warm_up_s=WARM_UP_S)
+    return Row(
+        task.item,
+        task.backend,
+        settings=settings.as_dict(),
+        tuned=tuned,
+        time=median_interval(samples[task.backend]),
+        dense=median_interval(samples[DENSE]),
+        dense_name=dense_name,
+        dense_failed=failed,
+        speedup=paired_ratio(samples[DENSE], samples[task.backend]),
+        check=check,
+        extra_mib=extra_mib(subject.case, kernel, settings),
+        launch_us=launch_us(subject.case, kernel, settings),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """A problem in hand: inputs, groups to compare, dense baselines and the fastest of them."""
+
+    case: Case
+    sampled: Sampled
+    survey: Survey
+    baseline: Baseline
+    timer: Timer
+
+
+@functools.lru_cache(maxsize=1)
+def _subject(problem: Problem, options: Options, device: str, seed: int, compiled: bool) -> _Subject:
+    timer = _timer(device)
+    case = make_case(problem, device, seed, options=options)
+    found = survey(case, compiled=compiled)
+    return _Subject(case, Sampled(case, seed), found, _fastest(found.found, timer), timer)
+
+
+def _fastest(found: list[Baseline], timer: Timer) -> Baseline:
+    """Each has run once already, so that a first sample compiles nothing."""
+    first = {baseline: timer.sample(baseline) for baseline in found}
+    near = [baseline for baseline in found if first[baseline] <= FAR_BEHIND * min(first.values())]
+    if len(near) == 1:
+        return near[0]
+    return min(near, key=lambda baseline: measure_baseline(baseline, timer, SCREENING).median_ms)
+
+
+@functools.cache
+def _timer(device: str) -> Timer:
+    return make_timer(torch.device(device), detect(torch.device(device)))
