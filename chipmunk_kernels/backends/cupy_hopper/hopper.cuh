@@ -332,9 +332,14 @@ __device__ __forceinline__ void pin(unsigned (&values)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
-// A value that the compiler may not compute again: keeps a conversion out of a loop.
+// A value that the compiler may not compute again: keeps conversions and address arithmetic out of loops.
 __device__ __forceinline__ float once(float value) {
     asm volatile("" : "+f"(value));
+    return value;
+}
+
+__device__ __forceinline__ Descriptor once(Descriptor value) {
+    asm volatile("" : "+l"(value));
     return value;
 }
 

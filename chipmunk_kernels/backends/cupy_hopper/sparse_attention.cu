@@ -20,6 +20,7 @@ constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
 constexpr int WARPS = 4;  // of a warpgroup
 constexpr int HALVES = WIDTH / TILE_WIDTH;
 constexpr int STEP = 16;  // of a product's inner dimension
+constexpr int STEP_BYTES = STEP * 2;
 
 // A thread of the fetching warpgroup moves the same 16-byte chunk of every row it takes part in.
 constexpr int CHUNKS = WIDTH / 8;
@@ -330,8 +331,12 @@ __device__ __forceinline__ void pack_weights(Weights& p, const Logits& s) {
     pin(p);  // all packed before the products begin, not between them
 }
 
+// The branch also keeps the assembler from moving the wait that follows it up before the softmax, which is to run
+// beside the values' product.
 __device__ __forceinline__ void rescale_output(Output& o, const Softmax& state) {
     if (state.moved) {
+        products_wait<0>();
+        pin(o);
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; ++i) o[i] *= state.rescale[i / 2 % 2];
     }
@@ -344,8 +349,8 @@ __device__ __forceinline__ void multiply_keys(Logits& s, Descriptor queries, Des
 #pragma unroll
         for (int k = 0; k < TILE_WIDTH / STEP; ++k)
             multiply<0, 0>(
-                s, queries + (half * QUERY_TILE_BYTES >> 4) + k * K_STEP,
-                keys + (half * COLUMN_TILE_BYTES >> 4) + k * K_STEP, half + k > 0);
+                s, further(queries, half * QUERY_TILE_BYTES + k * STEP_BYTES),
+                further(keys, half * COLUMN_TILE_BYTES + k * STEP_BYTES), half + k > 0);
     products_commit();
 }
 
@@ -353,7 +358,7 @@ __device__ __forceinline__ void multiply_keys(Logits& s, Descriptor queries, Des
 __device__ __forceinline__ void multiply_values(Output& o, const Weights& p, Descriptor values) {
 #pragma unroll
     for (int k = 0; k < BLOCK_COLUMNS / STEP; ++k)
-        multiply<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + k * MN_STEP, 1);
+        multiply<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], further(values, k * STEP * ROW_BYTES), 1);
     products_commit();
 }
 
@@ -425,9 +430,10 @@ __device__ __forceinline__ void compute(
     const int* counts, const Outputs& to, const Shape& shape, const Shared& shared, int consumer) {
     const int lane = threadIdx.x % WARP;
     const int row = consumer * WARPGROUP_ROWS + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
-    const Descriptor queries = k_major(shared.queries + consumer * HALVES * QUERY_TILE_BYTES);
-    const Descriptor all_keys = k_major(shared.keys), all_values = mn_major(shared.values, COLUMN_TILE_BYTES);
-    const float scale = to.scale_log2;
+    const Descriptor queries = once(k_major(shared.queries + consumer * HALVES * QUERY_TILE_BYTES));
+    const Descriptor all_keys = once(k_major(shared.keys));
+    const Descriptor all_values = once(mn_major(shared.values, COLUMN_TILE_BYTES));
+    const float scale = once(to.scale_log2);
 
     Ring keys, values;
     int queries_parity = 0;
@@ -452,7 +458,7 @@ __device__ __forceinline__ void compute(
             queries_parity ^= 1;
             await_tile(shared.keys_full(keys.stage), keys.parity);
             products_fence();
-            multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
+            multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
             products_wait<0>();
             pin(s);
             release(shared.keys_empty(keys.stage), lane);
@@ -461,19 +467,21 @@ __device__ __forceinline__ void compute(
             pack_weights(p, s);
 
             for (int t = 1; t < tiles; ++t) {
-                await_tile(shared.keys_full(keys.stage), keys.parity);
+                barrier_wait(shared.keys_full(keys.stage), keys.parity);
+                await_tile(shared.values_full(values.stage), values.parity);
                 await_turn(consumer);
                 products_fence();
-                if (OVERLAP) multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
-                await_tile(shared.values_full(values.stage), values.parity);
-                products_fence();
-                multiply_values(o, p, all_values + (values.stage * STAGE_BYTES >> 4));
+                if (OVERLAP) {
+                    multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
+                    products_fence();
+                }
+                multiply_values(o, p, further(all_values, values.stage * STAGE_BYTES));
                 if (!OVERLAP) {
                     // The logits take the place of the weights.
                     products_wait<0>();
                     pin(o);
                     products_fence();
-                    multiply_keys(s, queries, all_keys + (keys.stage * STAGE_BYTES >> 4));
+                    multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
                 }
                 pass_turn(consumer);
                 products_wait<OVERLAP ? 1 : 0>();
@@ -481,19 +489,20 @@ __device__ __forceinline__ void compute(
                 release(shared.keys_empty(keys.stage), lane);
                 keys.advance();
                 weigh<false>(s, state, scale, BLOCK_COLUMNS);
+                pin(s);
+                rescale_output(o, state);
                 products_wait<0>();
                 pin(o);
                 pin(p);
                 release(shared.values_empty(values.stage), lane);
                 values.advance();
-                rescale_output(o, state);
                 pack_weights(p, s);
             }
             release(shared.queries_empty(), lane);
 
             await_tile(shared.values_full(values.stage), values.parity);
             products_fence();
-            multiply_values(o, p, all_values + (values.stage * STAGE_BYTES >> 4));
+            multiply_values(o, p, further(all_values, values.stage * STAGE_BYTES));
             products_wait<0>();
             pin(o);
             release(shared.values_empty(values.stage), lane);

@@ -24,7 +24,7 @@ ROWS = 64
 """Query rows of one warpgroup."""
 VECTOR_BYTES = 16
 SHARED_BYTES = 227 * 1024
-"""Most shared memory of one block; blocks on one multiprocessor have that together, less 1 KiB for each more."""
+"""Most shared memory of one block; blocks on one multiprocessor share that, less 1 KiB for each more."""
 _OTHER_REGISTERS = 28
 """Of a thread besides accumulators and weights, as compiled."""
 LARGEST_ROW_STRIDE = 2**31 - 1
