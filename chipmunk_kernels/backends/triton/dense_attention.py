@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.flash import attend, key_count, log_sum_exp, reciprocal
+from chipmunk_kernels.backends.triton.flash import key_count, log_sum_exp, reciprocal, sweep
 from chipmunk_kernels.backends.triton.launch import (
     LOG2E,
     attention_misfit,
@@ -41,6 +41,7 @@ class DenseAttentionSettings(LaunchSettings):
         num_warps: warps of a program.
         num_stages: tiles of keys and values in flight.
         max_registers: cap on a thread's registers, so that more programs fit a multiprocessor; 0 is no cap.
+        overlap: whether a tile's product with its values runs one tile late, beside the next tile's softmax.
     """
 
     block_m: int = choice(128, 64, 128, 256)
@@ -48,11 +49,12 @@ class DenseAttentionSettings(LaunchSettings):
     num_warps: int = choice(8, 4, 8)
     num_stages: int = choice(2, 2, 3, 4)
     max_registers: int = choice(0, 0, 128)
+    overlap: bool = choice(True, True, False)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         return attention_misfit(
             problem, problem.rows, self.block_m, self.block_n, self.num_warps,
-            self.max_registers, self.num_stages, shared_memory_bytes,
+            self.max_registers, self.num_stages, self.overlap, shared_memory_bytes,
         )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def dense_attention_kernel(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     heads, rows, keys, tiles, scale_log2,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_ROWS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row tile. `tiles` row tiles make a head; SAME_ROWS says that k_n equals v_n."""
     pair = tl.program_id(0) // tiles
@@ -72,32 +74,16 @@ def dense_attention_kernel(
     inside = row < rows
     row = row.to(tl.int64)
     d = tl.arange(0, WIDTH)
-    slots = tl.arange(0, BLOCK_N)
     if SAME_ROWS:
         v_n = k_n
 
-    n = key_count(key_length, b, keys)
     k += b * k_b + h * k_h + d[None, :]
     v += b * v_b + h * v_h + d[None, :]
     q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)
-
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    full = n // BLOCK_N * BLOCK_N
-    for start in tl.range(0, full, BLOCK_N):
-        column = (start + slots).to(tl.int64)[:, None]
-        m, l, acc, _ = attend(
-            q_tile, k + column * k_n, v + column * v_n, slots < BLOCK_N,
-            m, l, acc, scale_log2, False, PRECISION,
-        )  # fmt: skip
-    if full < n:
-        live = full + slots < n
-        column = tl.minimum(full + slots, n - 1).to(tl.int64)[:, None]
-        m, l, acc, _ = attend(
-            q_tile, k + column * k_n, v + column * v_n, live,
-            m, l, acc, scale_log2, True, PRECISION,
-        )  # fmt: skip
+    m, l, acc = sweep(
+        q_tile, k, v, k_n, v_n, key_count(key_length, b, keys), scale_log2, None, None,
+        BLOCK_M, BLOCK_N, WIDTH, OVERLAP, False, PRECISION,
+    )  # fmt: skip
 
     out_rows = out + b * out_b + h * out_h + row[:, None] * out_n + d[None, :]
     tl.store(out_rows, (acc * reciprocal(l)[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
@@ -137,7 +123,8 @@ def dense_attention(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, rows, keys, tiles, scale * LOG2E,
             WIDTH=width, BLOCK_M=block_m, BLOCK_N=settings.block_n,
-            SAME_ROWS=k.stride(2) == v.stride(2), PRECISION=precision(q.dtype),
+            SAME_ROWS=k.stride(2) == v.stride(2), OVERLAP=settings.overlap,
+            PRECISION=precision(q.dtype),
             num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
             maxnreg=register_cap(settings.max_registers),
         )  # fmt: skip
@@ -151,7 +138,7 @@ KERNELS = (
 _DEFAULT = DenseAttentionSettings()
 _CONSTEXPRS = {
     "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "SAME_ROWS": True,
-    "key_length": None, "PRECISION": "tf32",
+    "OVERLAP": _DEFAULT.overlap, "key_length": None, "PRECISION": "tf32",
 }  # fmt: skip
 _TYPES = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32",

@@ -76,6 +76,7 @@ def attention_misfit(
     num_warps: int,
     max_registers: int,
     buffers: int,
+    overlap: bool,
     shared_memory_bytes: int | None,
 ) -> str | None:
     """Why a tile of attention cannot run, or cannot be worth trying; None if it may be.
@@ -91,11 +92,13 @@ def attention_misfit(
     needed = item * problem.width * 2 * buffers * block_n
     if shared_memory_bytes is not None and needed > shared_memory_bytes:
         return f"needs {needed} bytes of shared memory or more, the device has {shared_memory_bytes}"
-    # Output and logits accumulate in registers; addresses and softmax need an eighth of them at the least.
-    accumulators = block_m * (problem.width + block_n) // (num_warps * 32)
+    # Output and logits accumulate in registers, where weights that wait take half a register each; addresses
+    # and softmax need an eighth of all registers at the least.
+    waiting = block_n // 2 if overlap else 0
+    accumulators = block_m * (problem.width + block_n + waiting) // (num_warps * 32)
     registers = max_registers or MOST_REGISTERS
     if accumulators > registers * 7 // 8:
-        return f"accumulates in {accumulators} of a thread's {registers} registers"
+        return f"keeps its sums in {accumulators} of a thread's {registers} registers"
     return None
 
 

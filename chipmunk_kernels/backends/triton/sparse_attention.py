@@ -7,9 +7,11 @@ adds the normalised result to the base while it is still in registers.
 Programs run heads outermost, so that those in flight share one head's keys and values in the L2 cache, and
 lists ascend, so that they read the same neighbourhood at the same time.
 
-The compiler pipelines the chain list → rows → product: with 3 stages the list runs two tiles ahead and the
-gathered rows one. Keys are loaded as rows and transposed by the product, so that keys and values share
-addresses (on sm_90 that took 10 % of the loop's instructions and most of its spills away).
+The column list is read one tile ahead of the rows it names and carried through the loop: left to itself, the
+compiler pipelines the chain list → rows → product so that each gather is waited for right after it is issued.
+With `overlap`, a tile's product with its values also runs one tile late, beside the next tile's exponentials.
+Keys are loaded as rows and transposed by the product, so that keys and values share addresses (on sm_90 that
+took 10 % of the loop's instructions and most of its spills away).
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.flash import attend, log_sum_exp, reciprocal
+from chipmunk_kernels.backends.triton.flash import (
+    attend,
+    held,
+    hold,
+    log_sum_exp,
+    logits,
+    reciprocal,
+    rows_of,
+    weigh,
+)
 from chipmunk_kernels.backends.triton.launch import (
     LOG2E,
     attention_misfit,
@@ -48,25 +59,28 @@ class SparseAttentionSettings(LaunchSettings):
         block_m: query rows of a program; cut to the group where that is shorter. Twice the rows gather half
             the bytes for each product, so 256 may pay even where a quarter of them is past a 192-row group.
         block_n: columns gathered at a time.
-        num_warps: 8 spill on no GPU; 4 were faster on an H200 (128×64, 3 stages: 406 TFLOP/s at N = 118656).
-        num_stages: depth of the list → rows → product pipeline.
+        num_warps: 8 spill on no GPU.
+        num_stages: tiles of keys and values in flight, and in shared memory.
         max_registers: cap on a thread's registers, so that more programs fit a multiprocessor; 0 is no cap.
         peel_tail: whether the last, partly filled tile runs apart from the loop. Apart, the loop carries no
-            masks (750 instructions a tile instead of 824 on sm_90), but nothing hides the tail's loads.
+            masks (658 instructions a warp and 128×128 tile instead of 767 on sm_90), but nothing hides the
+            tail's loads.
+        overlap: whether a tile's product with its values runs one tile late, beside the next tile's softmax.
+            For one program of 8 warps on a multiprocessor; takes registers for the weights that wait.
     """
 
     block_m: int = choice(128, 64, 128, 256)
     block_n: int = choice(64, 32, 64, 128)
     num_warps: int = choice(8, 4, 8)
-    num_stages: int = choice(3, 2, 3, 5)
+    num_stages: int = choice(3, 2, 3, 4, 5)
     max_registers: int = choice(0, 0, 128)
     peel_tail: bool = choice(True, True, False)
+    overlap: bool = choice(True, True, False)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        buffers = max(2, (self.num_stages + 1) // 2)  # every other stage is the column list's
         return attention_misfit(
             problem, problem.group_size, self.block_m, self.block_n, self.num_warps,
-            self.max_registers, buffers, shared_memory_bytes,
+            self.max_registers, self.num_stages, self.overlap, shared_memory_bytes,
         )  # fmt: skip
 
 
@@ -76,7 +90,7 @@ def sparse_attention_kernel(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, base_b, base_h, base_n, out_b, out_h, out_n,
     heads, rows, groups, capacity, group_size, tiles, scale_log2, sign,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_ROWS: tl.constexpr, PEEL_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_ROWS: tl.constexpr, PEEL_TAIL: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one group. `tiles` row tiles make a group; SAME_ROWS says that k_n equals v_n."""
     pair = tl.program_id(0) // (groups * tiles)
@@ -94,7 +108,11 @@ def sparse_attention_kernel(
 
     which = pair.to(tl.int64) * groups + group
     kept = tl.load(counts + which)
+    last = tl.maximum(kept - 1, 0)
+    whole = kept // BLOCK_N * BLOCK_N if PEEL_TAIL else kept  # how far the loop goes
     columns = indices + which * capacity
+    # Columns are read one tile early: a gather that waited for its own list would leave one tile in flight.
+    ahead = tl.load(columns + tl.minimum(slots, last), mask=slots < kept * BLOCK_N, other=0)
     k += b * k_b + h * k_h + d[None, :]
     v += b * v_b + h * v_h + d[None, :]
     q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)
@@ -102,30 +120,38 @@ def sparse_attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    full = 0
-    if PEEL_TAIL:
-        full = kept // BLOCK_N * BLOCK_N
-        for start in tl.range(0, full, BLOCK_N):
-            column = tl.load(columns + start + slots).to(tl.int64)[:, None]
-            m, l, acc, _ = attend(
-                q_tile, k + column * k_n, v + column * v_n, slots < BLOCK_N,
-                m, l, acc, scale_log2, False, PRECISION,
-            )  # fmt: skip
-        if full < kept:
-            slot = full + slots
-            column = tl.load(columns + tl.minimum(slot, kept - 1)).to(tl.int64)[:, None]
-            m, l, acc, _ = attend(
-                q_tile, k + column * k_n, v + column * v_n, slot < kept,
-                m, l, acc, scale_log2, True, PRECISION,
-            )  # fmt: skip
+    if OVERLAP:
+        half = v.dtype.element_ty
+        rescale = tl.full((BLOCK_M,), 1.0, tl.float32)
+        waiting = hold(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), half)
+        behind = ahead.to(tl.int64) * v_n
+        # One step more than there are tiles, for the last product; none at all for an empty list.
+        for start in tl.range(0, whole if PEEL_TAIL else tl.where(kept > 0, kept + BLOCK_N, 0), BLOCK_N):
+            keys = k + (ahead.to(tl.int64) * k_n)[:, None]
+            values = rows_of(v + behind[:, None], start - BLOCK_N + slots < kept, not PEEL_TAIL)
+            behind = ahead.to(tl.int64) * v_n
+            ahead = tl.load(columns + tl.minimum(start + BLOCK_N + slots, last))
+            s = logits(q_tile, keys, PRECISION)
+            acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
+            p, m, l, rescale = weigh(s, start + slots < kept, m, l, scale_log2, not PEEL_TAIL)
+            waiting = hold(p, half)
+        if (whole if PEEL_TAIL else 0) > 0:
+            values = tl.load(v + behind[:, None])
+            acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
     else:
-        for start in tl.range(0, kept, BLOCK_N):
-            slot = start + slots
-            column = tl.load(columns + tl.minimum(slot, kept - 1)).to(tl.int64)[:, None]
+        for start in tl.range(0, whole, BLOCK_N):
+            column = ahead.to(tl.int64)[:, None]
+            ahead = tl.load(columns + tl.minimum(start + BLOCK_N + slots, last))
             m, l, acc, _ = attend(
-                q_tile, k + column * k_n, v + column * v_n, slot < kept,
-                m, l, acc, scale_log2, True, PRECISION,
+                q_tile, k + column * k_n, v + column * v_n, start + slots < kept,
+                m, l, acc, scale_log2, not PEEL_TAIL, PRECISION,
             )  # fmt: skip
+    if whole < kept:
+        column = tl.load(columns + tl.minimum(whole + slots, last)).to(tl.int64)[:, None]
+        m, l, acc, _ = attend(
+            q_tile, k + column * k_n, v + column * v_n, whole + slots < kept,
+            m, l, acc, scale_log2, True, PRECISION,
+        )  # fmt: skip
 
     result = acc * (sign * reciprocal(l))[:, None]
     if base is not None:
@@ -175,7 +201,7 @@ def sparse_attention(
             scale * LOG2E, float(sign),
             WIDTH=width, BLOCK_M=block_m, BLOCK_N=settings.block_n,
             SAME_ROWS=k.stride(2) == v.stride(2), PEEL_TAIL=settings.peel_tail,
-            PRECISION=precision(q.dtype),
+            OVERLAP=settings.overlap, PRECISION=precision(q.dtype),
             num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
             maxnreg=register_cap(settings.max_registers),
         )  # fmt: skip
@@ -189,7 +215,7 @@ KERNELS = (
 _DEFAULT = SparseAttentionSettings()
 _CONSTEXPRS = {
     "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "SAME_ROWS": True,
-    "PEEL_TAIL": _DEFAULT.peel_tail, "PRECISION": "tf32",
+    "PEEL_TAIL": _DEFAULT.peel_tail, "OVERLAP": _DEFAULT.overlap, "PRECISION": "tf32",
 }  # fmt: skip
 _TYPES = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "indices": "*i32", "counts": "*i32",
