@@ -1,8 +1,8 @@
-"""A .cu file whose threads work together, as ordinary C++: warps, barriers and asynchronous copies on the host.
+"""A .cu file whose threads work together, run on the host: warps, barriers and asynchronous copies.
 
 `warps.cpp` stands in for mma.cuh. It also complains of what a GPU would pass over or hang in: a copy from
-outside every tensor, a shared address out of bounds, a barrier that not all threads reach; and it counts the bank
-conflicts of ldmatrix.
+outside every tensor, a shared address out of bounds, a barrier that not all threads reach; and it counts the
+bank conflicts of ldmatrix.
 """
 
 from __future__ import annotations

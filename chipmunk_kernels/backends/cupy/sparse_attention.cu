@@ -23,8 +23,9 @@ constexpr int ROW_TILES = WARP_ROWS / 16;
 constexpr int COLUMN_TILES = BLOCK_N / 8;
 constexpr int WIDTH_TILES = WIDTH / 8;
 constexpr int DEPTH_STEPS = WIDTH / 16;
-// 32 rows of 128 elements would take 64 registers beside the 192 that accumulate.
-constexpr bool QUERIES_IN_REGISTERS = ROW_TILES * WIDTH <= 128;
+constexpr int REGISTERS = 65536 / (BLOCKS * THREADS) < 255 ? 65536 / (BLOCKS * THREADS) : 255;
+// Beside what accumulates, addresses and fragments of keys and values take about 56 registers.
+constexpr bool QUERIES_IN_REGISTERS = 4 * ROW_TILES * (WIDTH_TILES + COLUMN_TILES + DEPTH_STEPS) + 56 <= REGISTERS;
 // A row's reference is raised only when a logit exceeds it by this much, a factor of 2⁸ in its weights, which
 // float16 holds: most tiles then neither rescale the output nor exchange maxima between lanes.
 constexpr float SLACK = 8.0f;

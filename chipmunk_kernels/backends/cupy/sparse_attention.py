@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.backends.cupy.vectors import KINDS, whole_vectors
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.layout import empty_like_queries
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
 
-KINDS = {torch.float16: 1, torch.bfloat16: 2}
 WIDTHS = (64, 128)
 LOG2E = 1.4426950408889634
-VECTOR_BYTES = 16
 SMALLEST_BLOCK = 64  # rows; a smaller group leaves the rest of them idle
 REGISTERS_TO_ACCUMULATE = 200  # of a thread's 255; addresses and fragments take the others
 
@@ -29,7 +28,7 @@ class SparseAttentionSettings(LaunchSettings):
     """Tile and launch of the column-sparse attention kernel.
 
     Attributes:
-        block_m: query rows of a block; fewer where the group has fewer.
+        block_m: most query rows of a block; a group is shared evenly by as few blocks as that allows.
         block_n: columns of a pipeline stage.
         warp_rows: rows of a warp. 32 read keys and values from shared memory half as often as 16, and take
             nearly all registers.
@@ -44,8 +43,11 @@ class SparseAttentionSettings(LaunchSettings):
     blocks: int = choice(1, 1, 2, 3)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        if self.block_m > block_rows(self.block_m, problem.group_size):
-            return f"block_m {self.block_m} is taller than a group of {problem.group_size} rows"
+        rows = block_rows(self.block_m, problem.group_size)
+        if self.block_m != rows:
+            return (
+                f"blocks of {self.block_m} share a group of {problem.group_size} rows as those of {rows} do"
+            )
         accumulators = self.warp_rows * (problem.width + self.block_n) // 32
         share = 65536 // (self.blocks * 32 * (self.block_m // self.warp_rows))
         if accumulators > min(REGISTERS_TO_ACCUMULATE, share * 3 // 4):
@@ -57,8 +59,9 @@ class SparseAttentionSettings(LaunchSettings):
 
 
 def block_rows(block_m: int, group_size: int) -> int:
-    """`block_m`, or what covers the group where that is less."""
-    return min(block_m, max(SMALLEST_BLOCK, -(-group_size // 32) * 32))
+    """What each block takes of a group when as few blocks as `block_m` rows allow share it evenly."""
+    blocks = -(-group_size // block_m)
+    return max(SMALLEST_BLOCK, -(-group_size // (blocks * 32)) * 32)
 
 
 def shared_bytes(width: int, block_m: int, settings: SparseAttentionSettings) -> int:
@@ -130,15 +133,6 @@ def sparse_attention(
     return out, lse
 
 
-def whole_vectors(x: Tensor) -> Tensor:
-    """`x`, or a copy of it, whose rows begin at multiples of 16 bytes."""
-    steps = x.data_ptr() // x.element_size() if x.data_ptr() % x.element_size() == 0 else 1
-    for step in x.stride()[:-1]:
-        steps |= step
-    whole = steps % (VECTOR_BYTES // x.element_size()) == 0
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
-
-
 @functools.cache
 def _kernel(
     dtype: torch.dtype, width: int, group_size: int, settings: SparseAttentionSettings, device: torch.device
@@ -162,5 +156,5 @@ KERNELS = (Kernel("sparse_attention", "cupy", sparse_attention, SparseAttentionS
 SOURCES = (
     source(torch.bfloat16, 128, 128, SparseAttentionSettings()),
     source(torch.float16, 64, 128, SparseAttentionSettings()),
-    source(torch.bfloat16, 128, 64, SparseAttentionSettings(warp_rows=16, blocks=3)),
+    source(torch.bfloat16, 128, 64, SparseAttentionSettings(warp_rows=16)),
 )
