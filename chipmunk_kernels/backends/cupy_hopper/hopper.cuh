@@ -131,6 +131,15 @@ __device__ __forceinline__ int thread_number() {
     return number;
 }
 
+// Row `row` of a table whose rows are `stride` bytes apart: one instruction.
+__device__ __forceinline__ const char* row_at(const char* table, int row, int stride) {
+    const char* address;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(table));
+    return address;
+}
+
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 // ---- Copies --------------------------------------------------------------------------------------------------
 
 // 16 bytes, asynchronously, past L1. Both addresses are multiples of 16.

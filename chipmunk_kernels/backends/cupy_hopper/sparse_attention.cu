@@ -117,12 +117,6 @@ struct Shared {
 
 // ---- Fetching ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int read_entry(const int* entry) {
-    int value;
-    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(value) : "l"(entry));
-    return value;
-}
-
 // A list's columns in tiles: the first is the one that may be partly filled, so that all later ones need no mask.
 struct Columns {
     const int* list;
@@ -142,17 +136,10 @@ struct Columns {
 #pragma unroll
         for (int e = 0; e < ENTRIES; ++e) {
             int slot = start + (e * CHUNKS + chunk) * ROWS_AT_ONCE + row;
-            column[e] = read_entry(list + min(slot, last));
+            column[e] = load_constant(list + min(slot, last));
         }
     }
 };
-
-// Row `row` of a table whose rows are `stride` bytes apart: one instruction.
-__device__ __forceinline__ const char* row_of(const char* table, int row, int stride) {
-    const char* address;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(table));
-    return address;
-}
 
 // One tile of keys or values. `table` and `target` point at this thread's chunk of the first row. Addresses are
 // made a few ahead of their copies, since each takes a shuffle's time.
@@ -165,7 +152,7 @@ __device__ __forceinline__ void gather(
         for (int i = 0; i < AHEAD && start + i < PASSES; ++i) {
             int pass = start + i;
             address[i] =
-                row_of(table, __shfl_sync(0xffffffff, column[pass / CHUNKS], pass % CHUNKS, CHUNKS), stride);
+                row_at(table, __shfl_sync(0xffffffff, column[pass / CHUNKS], pass % CHUNKS, CHUNKS), stride);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD && start + i < PASSES; ++i)
@@ -182,7 +169,7 @@ __device__ __forceinline__ void fetch_queries(
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
 #pragma unroll 2
         for (int at = 0; at < WARPGROUP_ROWS; at += ROWS_AT_ONCE, row += ROWS_AT_ONCE)
-            copy_16(target + at * ROW_BYTES, row_of(q, min(row, last), stride));
+            copy_16(target + at * ROW_BYTES, row_at(q, min(row, last), stride));
         target += HALVES * QUERY_TILE_BYTES;
     }
     barrier_arrive_after_copies(barrier);
@@ -518,12 +505,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
     long long v_b, long long v_h, long long v_n, long long base_b, long long base_h, long long base_n,
     long long out_b, long long out_h, long long out_n, long long heads, long long rows, long long groups,
     long long capacity, long long group_size, long long tiles, long long total, double scale_log2, double sign) {
-    extern __shared__ __align__(ATOM_BYTES) unsigned char memory[];
+    extern __shared__ unsigned char memory[];
     const Shared shared(shared_address(memory));
     const Shape shape{static_cast<int>(heads),      static_cast<int>(rows),  static_cast<int>(groups),
                       static_cast<int>(group_size), static_cast<int>(tiles), static_cast<int>(total), capacity};
     if (threadIdx.x == 0) {
-        if (shared.queries % ATOM_BYTES) asm volatile("trap;");  // swizzling goes by the address
+        if (shared.queries % ATOM_BYTES) trap();  // swizzling goes by the address
         shared.initialise();
     }
     __syncthreads();
