@@ -1,0 +1,726 @@
+// The sparse MLP delta in one persistent launch: up-projection with cache update, down-projection, overlapped.
+//
+// Compile-time parameters (macros): BF16 (elements are bfloat16, else float16); FLOAT_OUTPUT (the output cache is
+// float32, else of the elements' type); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
+// output features make a tile; STAGES of its shared.
+//
+// Both products have tokens as rows: D[token, neuron] = X W1[kept]^T and D[token, feature] = delta W2[kept]. The
+// 64 x WIDTH part of a warpgroup reads the least from shared memory that way, and the gathered operand, the one
+// that no other tile shares, is read once for all the tokens of a group.
+//
+// A block has one producer warpgroup, whose cp.async gather rows into swizzled tiles, and consumer warpgroups.
+// Blocks claim tiles by a counter, in an order in which a down tile comes well after the up tiles it needs (see
+// `Order`), so that waiting for them is rare, the tail of one product is filled by the other, and cache write-backs
+// hide behind other blocks' products. Whatever a tile waits for was claimed before it by a running block, which
+// itself waits only for tiles still earlier: no deadlock, however few blocks are resident.
+//
+// The packed delta stays in a ring of token groups that L2 can hold. It is written as the image of the shared tiles
+// that the down product loads, 64 kept neurons wide and swizzled, its neurons in the order in which a thread holds
+// them (`slot_of`): the order of a sum is free if both operands have the same.
+#include "hopper.cuh"
+
+typedef unsigned short Element;
+typedef long long index_t;
+
+constexpr int CONSUMERS = TOKEN_WARPGROUPS * WIDTH_WARPGROUPS;
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
+constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
+constexpr int TOKENS = 64 * TOKEN_WARPGROUPS;
+constexpr int WIDE = WIDTH * WIDTH_WARPGROUPS;
+constexpr int DEPTH = TILE_WIDTH;
+constexpr int CHUNKS = ROW_BYTES / 16;
+constexpr int CHUNK_ELEMENTS = 8;
+constexpr int ROWS_AT_ONCE = WARPGROUP / CHUNKS;
+constexpr int A_BYTES = TOKENS * ROW_BYTES;
+constexpr int B_BYTES = WIDE * ROW_BYTES;
+constexpr int B_TILE_BYTES = DEPTH * ROW_BYTES;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int ACCUMULATORS = WIDTH / 2;
+// An epilogue pass covers 64 rows of 128 bytes of a cache, staged in shared memory in one of two buffers.
+constexpr int PASS_ROWS = 64;
+constexpr int PASS_BYTES = PASS_ROWS * ROW_BYTES;
+constexpr int PASS_LOADS = PASS_ROWS / ROWS_AT_ONCE;
+constexpr int UP_PASSES = WIDTH / PASS_ROWS;
+constexpr int OUTPUT_BYTES = FLOAT_OUTPUT ? 4 : 2;
+constexpr int OUTPUT_PASS = ROW_BYTES / OUTPUT_BYTES;
+constexpr int DOWN_PASSES = WIDTH / OUTPUT_PASS;
+// Steps of a tile's product before its consumers ask for the cache entries that its epilogue changes: by then
+// the indices that lead to them have arrived.
+constexpr int STEPS_BEFORE_PREFETCH = 2;
+// 65536 registers, shared among the warpgroups in eights.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 104 : CONSUMERS == 2 ? 56 : CONSUMERS == 3 ? 56 : 64;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 224 : CONSUMERS == 3 ? 152 : 104;
+constexpr int PRODUCERS_BARRIER = 1;
+constexpr int FIRST_CONSUMER_BARRIER = 2;
+constexpr int POLL_NS = 64;
+
+static_assert(WIDTH % PASS_ROWS == 0 && WIDTH <= 256, "a warpgroup's part is whole passes and one wgmma wide");
+
+enum Kind { UP, DOWN, END };
+
+struct alignas(16) Tile {
+    int kind;
+    int row;         // batch entry x group
+    int block;       // of WIDE slots (up) or output features (down)
+    int part;        // of the group's tokens
+    int count;       // kept neurons
+    int batch;
+    int first;       // token
+    int tokens;      // that exist, of TOKENS
+};
+
+struct Problem {
+    const Element *x, *w1, *b1, *w2;
+    const int *indices, *counts;
+    Element *cache;
+    void *output;
+    unsigned char *packed;
+    int *state;
+    int rows, groups, capacity, group_size, tokens, width, width_out;
+    index_t x_b, x_m, w1_f, w2_f, cache_b, cache_f, output_b, output_m;
+    bool cache_aligned, output_aligned;
+    int band, lead, ring;
+
+    // Blocks of slots, of output features, and of the tokens of a group.
+    int up_blocks, down_blocks, parts, bands;
+
+    // Claimed tiles; then, for each part of each row, warpgroups that have written its delta, and read it.
+    __device__ __forceinline__ int* claimed() const { return state; }
+    __device__ __forceinline__ int* ready(int row, int part) const { return state + 1 + row * parts + part; }
+    __device__ __forceinline__ int* drained(int row, int part) const { return ready(rows + row, part); }
+
+    __device__ __forceinline__ int existing(int row, int part) const {
+        const int within = part * TOKENS;
+        return min(min(group_size - within, tokens - row % groups * group_size - within), TOKENS);
+    }
+
+    // Images of 64 kept neurons, of one part of the tokens of a row.
+    __device__ __forceinline__ unsigned char* images(int row, int part) const {
+        return packed + static_cast<index_t>(row % ring * parts + part) * (up_blocks * (WIDE / DEPTH)) * A_BYTES;
+    }
+};
+
+// Which slot of 64 is in place `position` of an image: in each 32, a thread has four pairs of neighbours 8 apart.
+__device__ __forceinline__ int slot_of(int position) {
+    return (position & ~31) | (position >> 1 & 3) << 3 | (position >> 3 & 3) << 1 | (position & 1);
+}
+
+// ---- Order ---------------------------------------------------------------------------------------------------
+
+// Tile number `number`: `lead` bands of up tiles, then bands of up and down tiles by turns, then the down tiles left.
+// In a band, rows change fastest: ascending lists make the same block of neighbouring rows meet in L2.
+__device__ __forceinline__ Tile tile_of(const Problem& p, int number) {
+    Tile tile;
+    const int up = p.band * p.parts * p.up_blocks, down = p.band * p.parts * p.down_blocks;
+    const int pairs = p.lead * up, tail = pairs + (p.bands - p.lead) * (up + down);
+    int band;
+    if (number < pairs) {
+        tile.kind = UP;
+        band = number / up;
+        number -= band * up;
+    } else if (number < tail) {
+        band = (number - pairs) / (up + down);
+        number = (number - pairs) % (up + down);
+        tile.kind = number < up ? UP : DOWN;
+        if (tile.kind == UP) band += p.lead;
+        else number -= up;
+    } else {
+        tile.kind = DOWN;
+        band = (number - tail) / down;
+        number = (number - tail) % down;
+        band += p.bands - p.lead;
+    }
+    tile.block = number / (p.band * p.parts);
+    number -= tile.block * (p.band * p.parts);
+    tile.row = band * p.band + number / p.parts;
+    tile.part = number % p.parts;
+    return tile;
+}
+
+// The next tile that has work, or one of kind END.
+__device__ __forceinline__ Tile claim(const Problem& p) {
+    const int all = p.bands * p.band * p.parts * (p.up_blocks + p.down_blocks);
+    while (true) {
+        const int number = atomicAdd(p.claimed(), 1);
+        Tile tile;
+        tile.kind = END;
+        if (number >= all) return tile;
+        tile = tile_of(p, number);
+        if (tile.row >= p.rows) continue;
+        tile.count = p.counts[tile.row];
+        tile.tokens = p.existing(tile.row, tile.part);
+        const int least = tile.kind == UP ? tile.block * WIDE : 0;
+        if (tile.count <= least || tile.tokens <= 0) continue;
+        tile.batch = tile.row / p.groups;
+        tile.first = tile.row % p.groups * p.group_size + tile.part * TOKENS;
+        return tile;
+    }
+}
+
+__device__ __forceinline__ void await(const int* counter, int least) {
+    for (int tries = 0; load_acquire(counter) < least; ++tries) {
+        __nanosleep(POLL_NS);
+#ifdef WATCHDOG
+        if (tries > WATCHDOG) asm volatile("trap;");
+#endif
+    }
+}
+
+// By one thread, after a barrier among those whose accesses it stands for.
+__device__ __forceinline__ void announce(int* counter) {
+    __threadfence();
+    add_release(counter, 1);
+}
+
+// A down tile needs its delta; an up tile, that whatever had its place in the ring has been read.
+__device__ __forceinline__ void await_inputs(const Problem& p, const Tile& tile) {
+    if (tile.kind == DOWN) {
+        await(p.ready(tile.row, tile.part), (tile.count + WIDE - 1) / WIDE * CONSUMERS);
+    } else if (tile.row >= p.ring) {
+        const int before = tile.row - p.ring;
+        if (p.counts[before] > 0 && p.existing(before, tile.part) > 0)
+            await(p.drained(before, tile.part), p.down_blocks * CONSUMERS);
+    }
+}
+
+// ---- Pipeline ------------------------------------------------------------------------------------------------
+
+struct Position {
+    int stage = 0, phase = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// Shared memory: stages, staging, biases, the two tiles posted last, barriers.
+constexpr int STAGING_AT = STAGES * STAGE_BYTES;
+constexpr int BIAS_AT = STAGING_AT + CONSUMERS * 2 * PASS_BYTES;
+constexpr int TILES_AT = BIAS_AT + CONSUMERS * WIDTH * sizeof(Element);
+constexpr int FULL_AT = TILES_AT + 2 * sizeof(Tile);
+constexpr int EMPTY_AT = FULL_AT + STAGES * 8;
+constexpr int POSTED_AT = EMPTY_AT + STAGES * 8;
+constexpr int TAKEN_AT = POSTED_AT + 2 * 8;
+
+struct Shared {
+    unsigned char* bytes;
+    unsigned base;
+
+    __device__ __forceinline__ explicit Shared(unsigned char* aligned)
+        : bytes(aligned), base(shared_address(aligned)) {}
+    __device__ __forceinline__ unsigned a(int stage) const { return base + stage * STAGE_BYTES; }
+    __device__ __forceinline__ unsigned b(int stage) const { return a(stage) + A_BYTES; }
+    __device__ __forceinline__ unsigned staging(int warpgroup) const {
+        return base + STAGING_AT + warpgroup * 2 * PASS_BYTES;
+    }
+    __device__ __forceinline__ Element* bias(int warpgroup) const {
+        return reinterpret_cast<Element*>(bytes + BIAS_AT) + warpgroup * WIDTH;
+    }
+    __device__ __forceinline__ Tile& tile(int turn) const {
+        return reinterpret_cast<Tile*>(bytes + TILES_AT)[turn & 1];
+    }
+    __device__ __forceinline__ unsigned full(int stage) const { return base + FULL_AT + stage * 8; }
+    __device__ __forceinline__ unsigned empty(int stage) const { return base + EMPTY_AT + stage * 8; }
+    __device__ __forceinline__ unsigned posted(int turn) const { return base + POSTED_AT + (turn & 1) * 8; }
+    __device__ __forceinline__ unsigned taken(int turn) const { return base + TAKEN_AT + (turn & 1) * 8; }
+};
+
+// Tile number `turn` of this block, from the thread that claims; everyone reads it once.
+__device__ __forceinline__ void post(const Shared& shared, int turn, const Tile& tile) {
+    shared.tile(turn) = tile;
+    barrier_arrive(shared.posted(turn));
+}
+
+__device__ __forceinline__ Tile take(const Shared& shared, int turn) {
+    barrier_wait(shared.posted(turn), turn >> 1 & 1);
+    const Tile tile = shared.tile(turn);
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) barrier_arrive(shared.taken(turn));
+    return tile;
+}
+
+// ---- Producer ------------------------------------------------------------------------------------------------
+// A thread copies chunk `thread % 8` of the rows `thread / 8 + 16 i`: eight threads read 128 bytes of a row.
+
+// Global offsets are in units of 16 bytes, so that 32 bits reach 64 GiB.
+__device__ __forceinline__ const unsigned char* chunk_at(const void* base, unsigned chunks) {
+    return static_cast<const unsigned char*>(base) + static_cast<unsigned long long>(chunks) * 16;
+}
+
+__device__ __forceinline__ void load_up(
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
+    constexpr int A_ROWS = TOKENS / ROWS_AT_ONCE, B_ROWS = WIDE / ROWS_AT_ONCE;
+    const int chunk = thread % CHUNKS, row = thread / CHUNKS;
+    const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
+    unsigned tokens[A_ROWS], neurons[B_ROWS];
+#pragma unroll
+    for (int i = 0; i < B_ROWS; ++i)
+        // Past the last, again the last: what it adds to a product is discarded.
+        neurons[i] = __ldg(indices + min(tile.block * WIDE + row + i * ROWS_AT_ONCE, tile.count - 1));
+#pragma unroll
+    for (int i = 0; i < A_ROWS; ++i)
+        tokens[i] = min(row + i * ROWS_AT_ONCE, tile.tokens - 1) * static_cast<unsigned>(p.x_m / CHUNK_ELEMENTS);
+#pragma unroll
+    for (int i = 0; i < B_ROWS; ++i) neurons[i] *= static_cast<unsigned>(p.w1_f / CHUNK_ELEMENTS);
+    const Element* x = p.x + tile.batch * p.x_b + tile.first * p.x_m + chunk * CHUNK_ELEMENTS;
+    const Element* w = p.w1 + chunk * CHUNK_ELEMENTS;
+    const unsigned place = swizzled(row, chunk);
+    for (int start = 0; start < p.width; start += DEPTH) {
+        barrier_wait(shared.empty(at.stage), at.phase ^ 1);
+        const unsigned a = shared.a(at.stage) + place, b = shared.b(at.stage) + place;
+        if (start + DEPTH <= p.width) {
+#pragma unroll
+            for (int i = 0; i < B_ROWS; ++i)
+                copy_16(b + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(w + start, neurons[i]));
+#pragma unroll
+            for (int i = 0; i < A_ROWS; ++i)
+                copy_16(a + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(x + start, tokens[i]));
+        } else {
+            const int bytes = start + chunk * CHUNK_ELEMENTS < p.width ? 16 : 0;
+#pragma unroll
+            for (int i = 0; i < B_ROWS; ++i)
+                copy_16_or_zeros(b + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(w + start, neurons[i]), bytes);
+#pragma unroll
+            for (int i = 0; i < A_ROWS; ++i)
+                copy_16_or_zeros(a + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(x + start, tokens[i]), bytes);
+        }
+        barrier_arrive_after_copies(shared.full(at.stage));
+        at.advance();
+    }
+}
+
+__device__ __forceinline__ void load_down(
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
+    constexpr int A_COPIES = A_BYTES / 16 / WARPGROUP, B_ROWS = DEPTH / ROWS_AT_ONCE, B_TILES = WIDE / TILE_WIDTH;
+    const int chunk = thread % CHUNKS, row = thread / CHUNKS;
+    const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
+    const unsigned char* delta = p.images(tile.row, tile.part) + thread * 16;
+    const int column = tile.block * WIDE + chunk * CHUNK_ELEMENTS;
+    const Element* w = p.w2 + column;
+    const bool whole = tile.block * WIDE + WIDE <= p.width_out;
+    const unsigned place = swizzled(row, chunk), stride = static_cast<unsigned>(p.w2_f / CHUNK_ELEMENTS);
+    int slots[B_ROWS];
+    unsigned neurons[B_ROWS];
+#pragma unroll
+    for (int i = 0; i < B_ROWS; ++i) {
+        slots[i] = slot_of(row + i * ROWS_AT_ONCE);
+        neurons[i] = __ldg(indices + min(slots[i], tile.count - 1));
+    }
+    for (int start = 0; start < tile.count; start += DEPTH) {
+        unsigned next[B_ROWS];
+#pragma unroll
+        for (int i = 0; i < B_ROWS; ++i)
+            next[i] = __ldg(indices + min(start + DEPTH + slots[i], tile.count - 1));
+        barrier_wait(shared.empty(at.stage), at.phase ^ 1);
+        const unsigned a = shared.a(at.stage) + thread * 16, b = shared.b(at.stage) + place;
+#pragma unroll
+        for (int i = 0; i < A_COPIES; ++i) copy_16(a + i * WARPGROUP * 16, delta + i * WARPGROUP * 16);
+        delta += A_BYTES;
+        const bool all = whole && start + DEPTH <= tile.count;
+#pragma unroll
+        for (int i = 0; i < B_ROWS; ++i) {
+            const unsigned char* source = chunk_at(w, neurons[i] * stride);
+            const unsigned target = b + i * ROWS_AT_ONCE * ROW_BYTES;
+            const bool kept = start + slots[i] < tile.count;
+#pragma unroll
+            for (int j = 0; j < B_TILES; ++j) {
+                const bool inside = kept && column + j * TILE_WIDTH < p.width_out;
+                if (all) copy_16(target + j * B_TILE_BYTES, source + j * ROW_BYTES);
+                else copy_16_or_zeros(target + j * B_TILE_BYTES, source + j * ROW_BYTES, inside ? 16 : 0);
+            }
+        }
+        barrier_arrive_after_copies(shared.full(at.stage));
+        at.advance();
+#pragma unroll
+        for (int i = 0; i < B_ROWS; ++i) neurons[i] = next[i];
+    }
+}
+
+__device__ __forceinline__ void produce(const Problem& p, const Shared& shared, int thread) {
+    Position at;
+    for (int turn = 0;; ++turn) {
+        if (thread == 0) {
+            barrier_wait(shared.taken(turn), (turn >> 1 & 1) ^ 1);
+            const Tile claimed = claim(p);
+            post(shared, turn, claimed);
+            if (claimed.kind != END) await_inputs(p, claimed);
+        }
+        __syncwarp();
+        const Tile tile = take(shared, turn);
+        if (tile.kind == END) break;
+        named_sync(PRODUCERS_BARRIER, WARPGROUP);
+        if (tile.kind == UP) load_up(p, tile, shared, at, thread);
+        else load_down(p, tile, shared, at, thread);
+    }
+    copies_commit();
+    copies_wait<0>();
+}
+
+// ---- Consumers -----------------------------------------------------------------------------------------------
+
+// This warpgroup's part of a block's tile, and of this thread in it.
+struct Part {
+    int warpgroup, thread, warp, lane;
+    int token, column;  // where the part begins in the tile
+
+    __device__ __forceinline__ explicit Part(int number)
+        : warpgroup(number), thread(thread_number() % WARPGROUP), warp(thread / WARP), lane(thread % WARP),
+          token(number % TOKEN_WARPGROUPS * 64), column(number / TOKEN_WARPGROUPS * WIDTH) {}
+    __device__ __forceinline__ void sync() const { named_sync(FIRST_CONSUMER_BARRIER + warpgroup, WARPGROUP); }
+};
+
+// Steps `first` to `last` - 1 of a tile's product. One step's wgmmas run while the next step's are issued.
+template <int TRANSPOSED_B>
+__device__ __forceinline__ void multiply_steps(
+    float (&sum)[ACCUMULATORS], const Shared& shared, Position& at, const Part& part, int first, int last) {
+    for (int step = first; step < last; ++step) {
+        barrier_wait(shared.full(at.stage), at.phase);
+        fence_async_proxy();
+        const Descriptor a = k_major(shared.a(at.stage) + part.token * ROW_BYTES);
+        const unsigned columns = shared.b(at.stage) + part.column * ROW_BYTES;
+        const Descriptor b = TRANSPOSED_B ? mn_major(columns, B_TILE_BYTES) : k_major(columns);
+        products_fence();
+#pragma unroll
+        for (int k = 0; k < DEPTH / 16; ++k)
+            multiply<0, TRANSPOSED_B>(sum, a + k * K_STEP, b + k * (TRANSPOSED_B ? MN_STEP : K_STEP), step | k);
+        products_commit();
+        products_wait<1>();
+        if (step > 0 && part.lane == 0)
+            barrier_arrive(shared.empty(at.stage == 0 ? STAGES - 1 : at.stage - 1));
+        at.advance();
+    }
+}
+
+__device__ __forceinline__ void finish_steps(
+    float (&sum)[ACCUMULATORS], const Shared& shared, const Position& at, const Part& part) {
+    products_wait<0>();
+    pin(sum);
+    if (part.lane == 0) barrier_arrive(shared.empty(at.stage == 0 ? STAGES - 1 : at.stage - 1));
+}
+
+// A staged chunk: 16 bytes at once if all of them exist and may be, else one element after another.
+template <typename Word>
+__device__ __forceinline__ void stage_in(unsigned target, const Word* source, int existing, bool aligned) {
+    constexpr int WORDS = 16 / sizeof(Word);
+    if (existing >= WORDS && aligned) {
+        copy_16(target, source);
+    } else {
+        Word* words = static_cast<Word*>(__cvta_shared_to_generic(target));
+#pragma unroll 1
+        for (int i = 0; i < WORDS && i < existing; ++i) words[i] = source[i];
+    }
+}
+
+template <typename Word>
+__device__ __forceinline__ void stage_out(Word* target, unsigned source, int existing, bool aligned) {
+    constexpr int WORDS = 16 / sizeof(Word);
+    const void* staged = __cvta_shared_to_generic(source);
+    if (existing >= WORDS && aligned) {
+        *reinterpret_cast<uint4*>(target) = *static_cast<const uint4*>(staged);
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < WORDS && i < existing; ++i) target[i] = static_cast<const Word*>(staged)[i];
+    }
+}
+
+// GELU's tanh form as x / (1 + exp(-2u)): for negative x, 1 + tanh(u) would cancel every digit.
+__device__ __forceinline__ float gelu_tanh(float x) {
+    constexpr float SCALE = -2.0f * 0.7978845608028654f * 1.4426950408889634f;
+    return x * reciprocal_fast(1.0f + exp2_fast(x * (SCALE + SCALE * 0.044715f * x * x)));
+}
+
+// The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each.
+struct UpEpilogue {
+    const Problem& p;
+    const Tile& tile;
+    const Part& part;
+    unsigned staging;
+    int first_slot;
+
+    __device__ __forceinline__ UpEpilogue(const Problem& p, const Tile& tile, const Part& part, unsigned staging)
+        : p(p), tile(tile), part(part), staging(staging), first_slot(tile.block * WIDE + part.column) {}
+
+    __device__ __forceinline__ int slot(int pass, int i) const {
+        return first_slot + pass * PASS_ROWS + part.thread / CHUNKS + i * ROWS_AT_ONCE;
+    }
+    // The neuron in a slot, or -1 past the last. Volatile: loads that the compiler moved ahead of a pass would take
+    // the registers that the sums leave.
+    __device__ __forceinline__ int neuron(int slot) const {
+        return slot < tile.count ? load_constant(p.indices + static_cast<index_t>(tile.row) * p.capacity + slot) : -1;
+    }
+    __device__ __forceinline__ int existing() const {
+        return tile.tokens - part.token - part.thread % CHUNKS * CHUNK_ELEMENTS;
+    }
+    __device__ __forceinline__ Element* entries(int neuron) const {
+        return p.cache + tile.batch * p.cache_b + neuron * p.cache_f + tile.first + part.token +
+               part.thread % CHUNKS * CHUNK_ELEMENTS;
+    }
+    __device__ __forceinline__ unsigned staged(int pass, int i) const {
+        return staging + pass % 2 * PASS_BYTES + swizzled(part.thread / CHUNKS, part.thread % CHUNKS) +
+               i * ROWS_AT_ONCE * ROW_BYTES;
+    }
+    __device__ __forceinline__ void read(int pass, int i, int neuron) const {
+        if (neuron >= 0) stage_in(staged(pass, i), entries(neuron), existing(), p.cache_aligned);
+    }
+    __device__ __forceinline__ void write(int pass, int i, int neuron) const {
+        if (neuron >= 0) stage_out(entries(neuron), staged(pass, i), existing(), p.cache_aligned);
+    }
+
+    // New activations into the staged rows, in place of the old; their difference into the packed delta.
+    __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], const Element* bias, int pass) const {
+        const int quarter = part.lane % 4, matrix = part.lane / 8, within = part.lane % 8;
+        // Matrices: of 8 neurons and the next 8, the warp's first 8 tokens and its last.
+        const unsigned rows = staging + pass % 2 * PASS_BYTES +
+                              swizzled(matrix / 2 * 8 + within, part.warp * 2 + matrix % 2);
+        const int left = tile.count - first_slot - pass * PASS_ROWS - 2 * quarter;
+        unsigned char* image = p.images(tile.row, tile.part) +
+                               static_cast<index_t>(first_slot / DEPTH + pass) * A_BYTES +
+                               (part.token + part.warp * 16 + part.lane / 4) * ROW_BYTES;
+        const unsigned* biases = reinterpret_cast<const unsigned*>(bias + pass * PASS_ROWS) + quarter;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            unsigned delta[2][4];
+#pragma unroll
+            for (int pair = 0; pair < 4; pair += 2) {
+                unsigned old[4], fresh[4];
+                load_matrix_4_transposed(rows + (half * 4 + pair) * ATOM_BYTES, old);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int eight = half * 4 + pair + i / 2, token = i % 2;
+                    const float* values = sum + pass * 32 + eight * 4 + token * 2;
+                    const unsigned offsets = biases[eight * 4];
+                    fresh[i] = pack(
+                        gelu_tanh(values[0] + low_float(offsets)), gelu_tanh(values[1] + high_float(offsets)));
+                    const float low = low_float(fresh[i]) - low_float(old[i]);
+                    const float high = high_float(fresh[i]) - high_float(old[i]);
+                    delta[token][pair + i / 2] =
+                        pack(eight * 8 < left ? low : 0.0f, eight * 8 + 1 < left ? high : 0.0f);
+                }
+                store_matrix_4_transposed(
+                    rows + (half * 4 + pair) * ATOM_BYTES, fresh[0], fresh[1], fresh[2], fresh[3]);
+            }
+            const int chunk = (half * 4 + quarter) ^ (part.lane / 4);
+#pragma unroll
+            for (int token = 0; token < 2; ++token)
+                *reinterpret_cast<uint4*>(image + token * 8 * ROW_BYTES + chunk * 16) =
+                    make_uint4(delta[token][0], delta[token][1], delta[token][2], delta[token][3]);
+        }
+    }
+};
+
+// The output cache's 64 rows (tokens), 128 bytes of each a pass.
+struct DownEpilogue {
+#if FLOAT_OUTPUT
+    typedef float Word;
+#else
+    typedef Element Word;
+#endif
+    static constexpr int WORDS = 16 / OUTPUT_BYTES;
+    const Problem& p;
+    const Tile& tile;
+    const Part& part;
+    unsigned staging;
+
+    __device__ __forceinline__ int row(int i) const { return part.thread / CHUNKS + i * ROWS_AT_ONCE; }
+    __device__ __forceinline__ int column(int pass) const {
+        return tile.block * WIDE + part.column + pass * OUTPUT_PASS + part.thread % CHUNKS * WORDS;
+    }
+    __device__ __forceinline__ int existing(int pass, int i) const {
+        return part.token + row(i) < tile.tokens ? p.width_out - column(pass) : 0;
+    }
+    __device__ __forceinline__ Word* entries(int pass, int i) const {
+        return static_cast<Word*>(p.output) + tile.batch * p.output_b +
+               (tile.first + part.token + row(i)) * p.output_m + column(pass);
+    }
+    __device__ __forceinline__ unsigned staged(int pass, int i) const {
+        return staging + pass % 2 * PASS_BYTES + swizzled(row(0), part.thread % CHUNKS) +
+               i * ROWS_AT_ONCE * ROW_BYTES;
+    }
+    __device__ __forceinline__ void read(int pass) const {
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i)
+            stage_in(staged(pass, i), entries(pass, i), existing(pass, i), p.output_aligned);
+    }
+    __device__ __forceinline__ void write(int pass) const {
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i)
+            stage_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+    }
+
+    // The product added to the staged rows.
+    __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], int pass) const {
+        const unsigned buffer = staging + pass % 2 * PASS_BYTES;
+#if FLOAT_OUTPUT
+#pragma unroll
+        for (int i = 0; i < OUTPUT_PASS / 4; ++i) {
+            const int eight = i / 2, token = i % 2;
+            const int chunk = eight * 2 + part.lane % 4 / 2;
+            float2* word = static_cast<float2*>(__cvta_shared_to_generic(
+                buffer + swizzled(part.warp * 16 + token * 8 + part.lane / 4, chunk) + part.lane % 2 * 8));
+            const float* values = sum + pass * (OUTPUT_PASS / 2) + eight * 4 + token * 2;
+            const float2 old = *word;
+            *word = make_float2(old.x + values[0], old.y + values[1]);
+        }
+#else
+        const int matrix = part.lane / 8, row = part.warp * 16 + matrix % 2 * 8 + part.lane % 8;
+#pragma unroll
+        for (int pair = 0; pair < 8; pair += 2) {
+            const unsigned address = buffer + swizzled(row, pair + matrix / 2);
+            unsigned words[4];
+            load_matrix_4(address, words);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* values = sum + pass * 32 + (pair + i / 2) * 4 + i % 2 * 2;
+                words[i] = pack(low_float(words[i]) + values[0], high_float(words[i]) + values[1]);
+            }
+            store_matrix_4(address, words[0], words[1], words[2], words[3]);
+        }
+#endif
+    }
+};
+
+// Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read.
+__device__ __forceinline__ void consume_up(
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
+    constexpr int EARLY = UP_PASSES < 2 ? UP_PASSES : 2, BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
+    const UpEpilogue epilogue(p, tile, part, shared.staging(part.warpgroup));
+    Element* bias = shared.bias(part.warpgroup);
+    const int steps = (p.width + DEPTH - 1) / DEPTH;
+    float sum[ACCUMULATORS];
+    int neurons[EARLY][PASS_LOADS], biased[BIASES];
+    Element values[BIASES];
+#pragma unroll
+    for (int i = 0; i < EARLY * PASS_LOADS; ++i)
+        neurons[i / PASS_LOADS][i % PASS_LOADS] = epilogue.neuron(epilogue.slot(i / PASS_LOADS, i % PASS_LOADS));
+#pragma unroll
+    for (int i = 0; i < BIASES; ++i)
+        biased[i] = p.b1 ? epilogue.neuron(epilogue.first_slot + part.thread + i * WARPGROUP) : -1;
+
+    const int early = min(STEPS_BEFORE_PREFETCH, steps);
+    multiply_steps<0>(sum, shared, at, part, 0, early);
+#pragma unroll
+    for (int i = 0; i < BIASES; ++i) values[i] = biased[i] >= 0 ? __ldg(p.b1 + biased[i]) : 0;
+#pragma unroll
+    for (int pass = 0; pass < EARLY; ++pass) {
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass, i, neurons[pass][i]);
+        copies_commit();
+    }
+    multiply_steps<0>(sum, shared, at, part, early, steps);
+    finish_steps(sum, shared, at, part);
+
+#pragma unroll
+    for (int i = 0; i < BIASES; ++i)
+        if (part.thread + i * WARPGROUP < WIDTH) bias[part.thread + i * WARPGROUP] = values[i];
+#pragma unroll
+    for (int pass = 0; pass < UP_PASSES; ++pass) {
+        if (pass + 1 < UP_PASSES) copies_wait<1>();
+        else copies_wait<0>();
+        part.sync();
+        epilogue.change(sum, bias, pass);
+        part.sync();
+        int rows[PASS_LOADS], next[PASS_LOADS];
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i) {
+            rows[i] = epilogue.neuron(epilogue.slot(pass, i));
+            next[i] = pass + 2 < UP_PASSES ? epilogue.neuron(epilogue.slot(pass + 2, i)) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i) epilogue.write(pass, i, rows[i]);
+        if (pass + 2 < UP_PASSES) {
+#pragma unroll
+            for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass + 2, i, next[i]);
+            copies_commit();
+        }
+    }
+    // The last `sync` came after every write to the packed delta.
+    if (part.thread == 0) announce(p.ready(tile.row, tile.part));
+}
+
+__device__ __forceinline__ void consume_down(
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
+    const DownEpilogue epilogue{p, tile, part, shared.staging(part.warpgroup)};
+    const int steps = (tile.count + DEPTH - 1) / DEPTH;
+    float sum[ACCUMULATORS];
+    const int early = min(STEPS_BEFORE_PREFETCH, steps);
+    multiply_steps<1>(sum, shared, at, part, 0, early);
+#pragma unroll
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass < DOWN_PASSES) epilogue.read(pass);
+        copies_commit();
+    }
+    multiply_steps<1>(sum, shared, at, part, early, steps);
+    finish_steps(sum, shared, at, part);
+    // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
+    if (part.thread == 0) announce(p.drained(tile.row, tile.part));
+#pragma unroll
+    for (int pass = 0; pass < DOWN_PASSES; ++pass) {
+        if (pass + 1 < DOWN_PASSES) copies_wait<1>();
+        else copies_wait<0>();
+        part.sync();
+        epilogue.change(sum, pass);
+        part.sync();
+        epilogue.write(pass);
+        if (pass + 2 < DOWN_PASSES) {
+            epilogue.read(pass + 2);
+            copies_commit();
+        }
+    }
+}
+
+__device__ __forceinline__ void consume(const Problem& p, const Shared& shared, int number) {
+    Position at;
+    for (int turn = 0;; ++turn) {
+        const Tile tile = take(shared, turn);
+        if (tile.kind == END) return;
+        // Made anew for each tile: what derives from it would else stay in registers that the sums need.
+        const Part part(number);
+        if (tile.kind == UP) consume_up(p, tile, shared, at, part);
+        else consume_down(p, tile, shared, at, part);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
+    const Element* x, const Element* w1, const Element* b1, const Element* w2, const int* indices, const int* counts,
+    Element* cache, void* output, unsigned char* packed, int* state, index_t rows, index_t groups, index_t capacity,
+    index_t group_size, index_t tokens, index_t width, index_t width_out, index_t x_b, index_t x_m, index_t w1_f,
+    index_t w2_f, index_t cache_b, index_t cache_f, index_t output_b, index_t output_m, index_t cache_aligned,
+    index_t output_aligned, index_t band, index_t lead, index_t ring
+) {
+    extern __shared__ unsigned char memory[];
+    const Shared shared(memory + (ATOM_BYTES - shared_address(memory) % ATOM_BYTES) % ATOM_BYTES);
+    Problem p{x, w1, b1, w2, indices, counts, cache, output, packed, state,
+              static_cast<int>(rows), static_cast<int>(groups), static_cast<int>(capacity),
+              static_cast<int>(group_size), static_cast<int>(tokens), static_cast<int>(width),
+              static_cast<int>(width_out), x_b, x_m, w1_f, w2_f, cache_b, cache_f, output_b, output_m,
+              cache_aligned != 0, output_aligned != 0, static_cast<int>(band), static_cast<int>(lead),
+              static_cast<int>(ring)};
+    p.up_blocks = (p.capacity + WIDE - 1) / WIDE;
+    p.down_blocks = (p.width_out + WIDE - 1) / WIDE;
+    p.parts = (min(p.group_size, p.tokens) + TOKENS - 1) / TOKENS;
+    p.bands = (p.rows + p.band - 1) / p.band;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(shared.full(i), WARPGROUP);
+            barrier_init(shared.empty(i), CONSUMER_WARPS);
+        }
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(shared.posted(i), 1);
+            barrier_init(shared.taken(i), CONSUMER_WARPS + WARPGROUP / WARP);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    // The same for all lanes, which the compiler cannot see in threadIdx: wgmma needs it.
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+    if (warpgroup == CONSUMERS) {
+        give_registers<PRODUCER_REGISTERS>();
+        produce(p, shared, threadIdx.x % WARPGROUP);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        consume(p, shared, warpgroup);
+    }
+}

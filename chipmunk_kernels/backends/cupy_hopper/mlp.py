@@ -1,0 +1,264 @@
+"""Launching mlp.cu: the sparse MLP delta in one persistent launch.
+
+Tiles are counted over the capacity, since the counts stay on the device; tiles past a group's count cost a
+claim each. The up-projection runs `lead` bands of token groups ahead of the down-projection, far enough that
+a down tile seldom waits; the packed delta between them lives in a ring of a little more than `lead` bands.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings, choice
+
+FOLDER = Path(__file__).parent
+ROW_BYTES = 128
+"""Bytes of a shared tile's row: 64 elements, the depth of a pipeline stage."""
+ALIGNED_ELEMENTS = 8
+"""Elements of 16 bytes, what a gather moves at once: widths and strides of the matrices are multiples."""
+WARPGROUP = 128
+SHARED_BYTES = 227 * 1024
+WARPGROUP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class SparseMlpSettings(LaunchSettings):
+    """Tiles and their order.
+
+    Attributes:
+        token_warpgroups: warpgroups side by side along the tokens, 64 each; fewer where groups are smaller.
+        width_warpgroups: warpgroups along the kept neurons (up) or output features (down).
+        width: neurons or features of each.
+        stages: of the pipeline, 64 model features (up) or kept neurons (down) each.
+        band: token groups that share a block of weights before the next one begins.
+        lead_waves: how far up tiles run ahead of down tiles, in tiles per multiprocessor.
+    """
+
+    token_warpgroups: int = choice(2, 1, 2)
+    width_warpgroups: int = choice(1, 1, 2)
+    width: int = choice(256, 128, 192, 256)
+    stages: int = choice(4, 3, 4, 5, 6)
+    band: int = choice(4, 1, 2, 4, 8, 16)
+    lead_waves: int = choice(2, 1, 2, 3)
+
+    def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
+        if fitted(self, min(problem.group_size, problem.rows)) != self:
+            return f"{self.token_warpgroups} × 64 tokens are more than a group of {problem.group_size} has"
+        if self.token_warpgroups * self.width_warpgroups * self.width > 512:
+            return "the accumulators take more registers than there are"
+        needed = shared_bytes(self)
+        if needed > (shared_memory_bytes or SHARED_BYTES):
+            return (
+                f"needs {needed} bytes of shared memory, the device has {shared_memory_bytes or SHARED_BYTES}"
+            )
+        return None
+
+
+def fitted(settings: SparseMlpSettings, rows: int) -> SparseMlpSettings:
+    """The settings, for groups of `rows` tokens: two warpgroups share what would fill only one's tokens."""
+    if rows > WARPGROUP_TOKENS or settings.token_warpgroups == 1:
+        return settings
+    return SparseMlpSettings(1, 2, 128, 4, settings.band, settings.lead_waves)
+
+
+def shared_bytes(settings: SparseMlpSettings) -> int:
+    """Dynamic shared memory of a block; the order is that of mlp.cu."""
+    warpgroups = settings.token_warpgroups * settings.width_warpgroups
+    wide = settings.width_warpgroups * settings.width
+    stage = (settings.token_warpgroups * WARPGROUP_TOKENS + wide) * ROW_BYTES
+    staging, bias, tiles = 2 * 64 * ROW_BYTES, 2 * settings.width, 2 * 32
+    barriers = 8 * (2 * settings.stages + 4)
+    alignment = 8 * ROW_BYTES
+    return settings.stages * stage + warpgroups * (staging + bias) + tiles + barriers + alignment
+
+
+def source(dtype: torch.dtype, float_output: bool, settings: SparseMlpSettings) -> Source:
+    """mlp.cu for an element type, the output cache's, and tiles."""
+    return Source(
+        "mlp.cu",
+        (
+            ("BF16", int(dtype == torch.bfloat16)),
+            ("FLOAT_OUTPUT", int(float_output)),
+            ("TOKEN_WARPGROUPS", settings.token_warpgroups),
+            ("WIDTH_WARPGROUPS", settings.width_warpgroups),
+            ("WIDTH", settings.width),
+            ("STAGES", settings.stages),
+        ),
+        FOLDER,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs beyond its tensors; one for each shape.
+
+    Attributes:
+        kernel: compiled.
+        blocks, threads, shared_bytes: of the launch.
+        lead: bands that up tiles run ahead.
+        ring: token groups (over the batch) whose packed delta is kept at once.
+        packed_elements: of that ring.
+        counters: claimed tiles, and for each part of each group, warpgroups that wrote and read its delta.
+    """
+
+    kernel: Any
+    blocks: int
+    threads: int
+    shared_bytes: int
+    lead: int
+    ring: int
+    packed_elements: int
+    counters: int
+
+
+def order(
+    settings: SparseMlpSettings, rows: int, capacity: int, group_rows: int, multiprocessors: int
+) -> tuple[int, int, int, int]:
+    """(lead, ring, parts of a group, blocks of slots) for `rows` token groups over the whole batch."""
+    wide = settings.width_warpgroups * settings.width
+    parts = -(-group_rows // (settings.token_warpgroups * WARPGROUP_TOKENS))
+    up_blocks = -(-capacity // wide)
+    bands = -(-rows // settings.band)
+    lead = min(bands, -(-settings.lead_waves * multiprocessors // (settings.band * parts * up_blocks)))
+    # Two bands more than the lead: one being written and one being read beside those that wait.
+    return lead, min(rows, (lead + 2) * settings.band), parts, up_blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    settings: SparseMlpSettings,
+    dtype: torch.dtype,
+    float_output: bool,
+    rows: int,
+    capacity: int,
+    group_rows: int,
+    device: torch.device,
+) -> Plan:
+    settings = fitted(settings, group_rows)
+    multiprocessors = _multiprocessors(device)
+    lead, ring, parts, up_blocks = order(settings, rows, capacity, group_rows, multiprocessors)
+    warpgroups = settings.token_warpgroups * settings.width_warpgroups
+    wide = settings.width_warpgroups * settings.width
+    shared = shared_bytes(settings)
+    return Plan(
+        kernel=load(source(dtype, float_output, settings), "sparse_mlp", device, shared),
+        blocks=multiprocessors,
+        threads=(warpgroups + 1) * WARPGROUP,
+        shared_bytes=shared,
+        lead=lead,
+        ring=ring,
+        packed_elements=ring * parts * up_blocks * wide * settings.token_warpgroups * WARPGROUP_TOKENS,
+        counters=1 + 2 * rows * parts,
+    )
+
+
+def sparse_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2_by_neuron: Tensor,
+    columns: ColumnSet,
+    activation_cache: Tensor,
+    output_cache: Tensor,
+    activation: str,
+    settings: SparseMlpSettings,
+) -> None:
+    """Assign kept neurons' new activations to activation_cache, add their change times w2 to output_cache.
+
+    x `(B, M, K)`, w1 `(F, K)`, b1 `(F,)` or None, w2_by_neuron `(F, Kout)`, activation_cache `(B, F, M)`,
+    output_cache `(B, M, Kout)` in x's dtype or float32: last dimensions contiguous; x, w1 and w2_by_neuron in
+    rows of whole 16 bytes, the caches best so. Scratch: the packed delta of the groups between the two
+    products, in x.dtype (27 MB for FLUX at 30 %, no more for video), and the counters.
+
+    Raises:
+        ValueError: an activation other than `gelu_tanh`, or rows that 16-byte loads cannot read.
+    """
+    if activation != "gelu_tanh":
+        raise ValueError(f"activation: the cupy_hopper backend computes 'gelu_tanh', got {activation!r}")
+    batch, tokens, width = x.shape
+    groups, capacity, group_size = columns.groups, columns.capacity, columns.group_size
+    width_out = w2_by_neuron.shape[1]
+    rows = batch * groups
+    if rows * capacity * tokens * width_out == 0:
+        return
+    for name, tensor in (("x", x), ("w1", w1), ("w2_by_neuron", w2_by_neuron)):
+        _check_rows(name, tensor)
+    plan = _plan(
+        settings,
+        x.dtype,
+        output_cache.dtype == torch.float32,
+        rows,
+        capacity,
+        min(group_size, tokens),
+        x.device,
+    )
+    packed = torch.empty(plan.packed_elements, dtype=x.dtype, device=x.device)
+    counters = torch.zeros(plan.counters, dtype=torch.int32, device=x.device)
+    launch(
+        plan.kernel, x.device, plan.blocks, plan.threads,
+        x, w1, b1, w2_by_neuron, columns.indices.contiguous(), columns.counts.contiguous(),
+        activation_cache, output_cache, packed, counters,
+        rows, groups, capacity, group_size, tokens, width, width_out,
+        x.stride(0), x.stride(1), w1.stride(0), w2_by_neuron.stride(0),
+        activation_cache.stride(0), activation_cache.stride(1), output_cache.stride(0), output_cache.stride(1),
+        int(_in_chunks(activation_cache) and group_size % ALIGNED_ELEMENTS == 0), int(_in_chunks(output_cache)),
+        settings.band, plan.lead, plan.ring,
+        shared_bytes=plan.shared_bytes,
+    )  # fmt: skip
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _in_chunks(tensor: Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in tensor.stride()[:-1])
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] % ALIGNED_ELEMENTS or not _in_chunks(tensor):
+        raise ValueError(
+            f"{name}: the cupy_hopper backend needs rows of whole 16 bytes (a width and strides that are "
+            f"multiples of {ALIGNED_ELEMENTS}, an aligned start); got shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()}; use backend='triton'"
+        )
+
+
+def _unsupported(dtype: torch.dtype, width: int) -> str | None:
+    """Why this kernel cannot run this dtype and model width, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the cupy_hopper sparse MLP takes float16 and bfloat16; got {dtype}"
+    if width % ALIGNED_ELEMENTS:
+        return (
+            f"the cupy_hopper sparse MLP takes widths that are multiples of {ALIGNED_ELEMENTS}; got {width}"
+        )
+    return None
+
+
+KERNELS = (Kernel("sparse_mlp", "cupy_hopper", sparse_mlp, SparseMlpSettings, _unsupported),)
+
+_TILES = (
+    SparseMlpSettings(),
+    SparseMlpSettings(width=128, stages=6),
+    SparseMlpSettings(width=192),
+    fitted(SparseMlpSettings(), WARPGROUP_TOKENS),
+)
+SOURCES = tuple(
+    source(dtype, float_output, tiles)
+    for tiles in _TILES
+    for dtype in (torch.bfloat16, torch.float16)
+    for float_output in (False, True)
+    if tiles == _TILES[0] or (dtype == torch.bfloat16 and not float_output)
+)

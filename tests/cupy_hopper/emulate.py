@@ -1,0 +1,85 @@
+"""A Hopper .cu file as ordinary C++: its blocks run on the host, every thread a fiber (see hopper_on_host.h).
+
+Checks what a compiler cannot: barrier phases, swizzles, descriptors, fragments, the order of tiles, and the
+host code that launches. A deadlock is found and reported, not suffered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chipmunk_kernels.backends.cupy.module import Source
+from tests.cupy_backend.emulate import COMPILER
+
+HEADER = Path(__file__).parent / "hopper_on_host.h"
+SHARED = re.compile(r"extern __shared__ unsigned char (\w+)\[\];")
+
+
+class Emulator:
+    """Stands in for `module.load` and `module.launch`. Kernels take pointers and `long long`s.
+
+    `blocks` is how many run at once, whatever the launch asks for; `seed` sets the order in which they do.
+    """
+
+    def __init__(self, folder: Path, blocks: int, seed: int = 0) -> None:
+        self.folder, self.blocks, self.seed = folder, blocks, seed
+
+    def load(
+        self, source: Source, name: str, device: torch.device, shared_bytes: int = 0
+    ) -> Callable[..., None]:
+        return getattr(self._library(source, name), f"run_{name}")
+
+    def launch(
+        self,
+        kernel: Any,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        *arguments: Any,
+        shared_bytes: int = 0,
+    ) -> None:
+        values = [each.data_ptr() if isinstance(each, Tensor) else int(each or 0) for each in arguments]
+        numbers = (ctypes.c_longlong * len(values))(*values)
+        stuck = kernel(numbers, self.blocks, threads, shared_bytes, ctypes.c_ulonglong(self.seed + 1))
+        assert not stuck, f"deadlock with {self.blocks} blocks, seed {self.seed}"
+
+    def _library(self, source: Source, name: str) -> ctypes.CDLL:
+        code = self._code(source, name)
+        path = self.folder / hashlib.sha256(repr((code, source.defines)).encode()).hexdigest()[:16]
+        if not path.with_suffix(".so").exists():
+            assert COMPILER is not None
+            path.with_suffix(".cpp").write_text(code)
+            defines = [f"-D{macro}={value}" for macro, value in source.defines]
+            subprocess.run(
+                [COMPILER, "-std=c++17", "-O2", "-march=native", "-w", "-shared", "-fPIC", *defines,
+                 "-o", str(path.with_suffix(".so")), str(path.with_suffix(".cpp"))],
+                check=True,
+            )  # fmt: skip
+        return ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def _code(self, source: Source, name: str) -> str:
+        """The source with the host's header for Hopper's, and a function that runs the kernel `name`."""
+        text = (source.folder / source.file).read_text(encoding="utf-8")
+        text = text.replace('#include "hopper.cuh"', HEADER.read_text(encoding="utf-8"))
+        text = SHARED.sub(r"unsigned char* \1 = here().memory.data();", text)
+        parameters = re.search(rf"__global__[^{{]*?\b{name}\((.*?)\)\s*{{", text, re.DOTALL)
+        assert parameters is not None
+        types = [re.sub(r"\w+$", "", each.strip()) for each in parameters[1].split(",")]
+        passed = ", ".join(f"({kind})numbers[{i}]" for i, kind in enumerate(types))
+        return f"""{text}
+            static const long long* numbers;
+            extern "C" int run_{name}(
+                const long long* given, int count, int threads, int bytes, unsigned long long seed) {{
+                numbers = given;
+                return run_blocks([] {{ {name}({passed}); }}, count, threads, bytes, seed);
+            }}
+        """
