@@ -81,12 +81,11 @@ class Space:
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        """Key → candidate, for all that fit: defaults first, in the order of the backends, newest hardware
-        path last as declared."""
-        every = [Candidate(kernel, kernel.settings()) for kernel in self.kernels]
-        for kernel in self.searched:
-            every += [Candidate(kernel, settings) for settings in _all_settings(kernel)]
-        found: dict[str, Candidate] = {}
+        """Key → candidate, for all that fit, and the defaults, which come first in the order of the backends:
+        dispatch runs those untuned, whatever they say of the problem."""
+        defaults = [Candidate(kernel, kernel.settings()) for kernel in self.kernels]
+        found = {candidate.key: candidate for candidate in defaults}
+        every = (Candidate(kernel, each) for kernel in self.searched for each in _all_settings(kernel))
         for candidate in every:
             reason = candidate.settings.misfit(self._problem, self._shared_memory)
             if reason is None:

@@ -11,20 +11,25 @@ from night to night, while a close verdict between two candidates is the tuner's
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from chipmunk_kernels import dispatch, profiles
+from chipmunk_kernels import dispatch, profiles, registry
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings
-from tuner.baselines import Baseline, baselines, work_of
+from tuner.baselines import Baseline, survey, work_of
 from tuner.hardware import Ceilings, Hardware
 from tuner.measure import CpuTimer, CudaTimer, Timer, TimingPolicy, Work, measure
 from tuner.problem import Case, KernelWork, make_case
+from tuner.space import unavailable_reason
+from tuner.workload import LabelledProblem
 
+DISPATCH = "dispatch"
+"""In the place of a backend's name: whatever dispatch runs."""
 QUICK = TimingPolicy(warm_up_s=0.02, min_samples=3, max_samples=7, max_seconds=1.0)
 WARM_UP_S = 0.1
 SEED = 0
@@ -73,9 +78,25 @@ def choose(problem: Problem, device: torch.device, backend: str | None) -> Choic
     Raises:
         RuntimeError: the backend asked for cannot run the problem here; the message says why.
     """
-    profile = profiles.find(device)
-    kernel, settings = dispatch.select(problem, device, backend=backend, profile=profile)
+    profile, named = profiles.find(device), None if backend == DISPATCH else backend
+    kernel, settings = dispatch.select(problem, device, backend=named, profile=profile)
     return Choice(kernel, settings, profile)
+
+
+def backends(asked: Sequence[str], device: torch.device) -> list[str]:
+    """The contenders that `--backend` names: what dispatch runs if it names none, `all` for every backend
+    that this device has.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    known = (DISPATCH, *registry.BACKENDS, "all")
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--backend: expected among {', '.join(known)}; got {name!r}")
+    if "all" in asked:
+        return [name for name in registry.BACKENDS if unavailable_reason(name, device) is None]
+    return list(dict.fromkeys(asked)) or [DISPATCH]
 
 
 def make_timer(device: torch.device, hardware: Hardware) -> Timer:
@@ -86,11 +107,11 @@ def make_timer(device: torch.device, hardware: Hardware) -> Timer:
 
 
 class Bench:
-    """One problem: its inputs, the fastest dense baseline, and the kernel that is benchmarked."""
+    """One problem: its inputs, and the fastest dense baseline, for every kernel that is benchmarked."""
 
-    def __init__(self, label: str, problem: Problem, machine: Machine, choice: Choice) -> None:
-        self.label, self.problem, self.machine, self.choice = label, problem, machine, choice
-        self.case: Case = make_case(problem, machine.device, SEED)
+    def __init__(self, item: LabelledProblem, machine: Machine) -> None:
+        self.label, self.problem, self.machine = item.label, item.problem, machine
+        self.case: Case = make_case(item.problem, machine.device, SEED, options=item.options)
         self.baseline = self._fastest_baseline()
         self._baseline_ms: float | None = None
 
@@ -99,16 +120,16 @@ class Bench:
         self._baseline_ms = self._record(benchmark, self.baseline)
         benchmark.extra_info |= {"baseline": self.baseline.name}
 
-    def time_operation(self, benchmark: Any) -> None:
+    def time_operation(self, benchmark: Any, choice: Choice) -> None:
         """Record the operation, with its speedup over the baseline of this very session."""
-        median_ms = self._record(benchmark, KernelWork(self.case, self.choice.kernel, self.choice.settings))
+        median_ms = self._record(benchmark, KernelWork(self.case, choice.kernel, choice.settings))
         if median_ms is None:  # --benchmark-disable: it ran, nothing was timed
             return
         baseline_ms = self._baseline_ms or measure(self.baseline, self.machine.timer, QUICK).median_ms
-        ideal_ms, profile = self._ideal_ms(), self.choice.profile
+        ideal_ms, profile = self._ideal_ms(), choice.profile
         benchmark.extra_info |= {
-            "backend": self.choice.kernel.backend,
-            "settings": self.choice.settings.as_dict(),
+            "backend": choice.kernel.backend,
+            "settings": choice.settings.as_dict(),
             "profile": profile.rung,
             "median_ms": median_ms,
             "baseline": self.baseline.name,
@@ -143,7 +164,7 @@ class Bench:
         return max(benchmark._min_rounds, int(benchmark._max_time / cost_s))
 
     def _fastest_baseline(self) -> Baseline:
-        found = baselines(self.case)
+        found = survey(self.case, compiled=True).found
         if len(found) == 1:
             return found[0]
         return min(found, key=lambda baseline: measure(baseline, self.machine.timer, QUICK).median_ms)
@@ -151,6 +172,6 @@ class Bench:
     def _ideal_ms(self) -> float:
         """The roofline of the problem at this machine's measured ceilings."""
         ceilings = self.machine.ceilings
-        return work_of(self.problem).ideal_ms(
+        return work_of(self.problem, self.case.options).ideal_ms(
             ceilings.peak_tflops[self.problem.dtype], ceilings.bandwidth_gbs
         )

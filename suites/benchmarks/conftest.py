@@ -11,9 +11,9 @@ import torch
 from pytest_benchmark.utils import get_machine_id
 from tabulate import tabulate
 
-from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import slug
-from suites.benchmarks.bench import Bench, Machine, choose, make_timer
+from suites.benchmarks.bars.run import hopeless
+from suites.benchmarks.bench import Bench, Choice, Machine, backends, choose, make_timer
 from tuner.cli import DEFAULT_SUITE
 from tuner.hardware import (
     Ceilings,
@@ -24,7 +24,7 @@ from tuner.hardware import (
     resolve_device,
     toolchain,
 )
-from tuner.workload import Workload, WorkloadError, load_workload
+from tuner.workload import LabelledProblem, Workload, WorkloadError, load_workload
 
 COLUMNS = ["median", "iqr", "min", "rounds"]
 FOUND = pytest.StashKey[list[dict[str, Any]]]()
@@ -37,7 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chipmunk benchmarks")
     group.addoption("--workload", help="name or YAML path (default: laptop on a CPU, flux-dev on a GPU)")
     group.addoption("--gpu", default="auto", help="auto, cpu, cuda:1 or a short name such as h100")
-    group.addoption("--backend", help="torch, triton or cupy instead of what dispatch would run")
+    group.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        help="torch, triton, cupy or cupy_hopper, repeatable, or all; default: what dispatch would run",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,10 +75,16 @@ def _last_run(storage: str, workload: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One `bench` per problem of the workload that the test file is about."""
+    """One `bench` per problem of the workload that the test file is about, one `choice` per backend."""
     if "bench" in metafunc.fixturenames:
         labels = list(_problems(metafunc.config, metafunc.module.OPERATIONS))
         metafunc.parametrize("bench", labels, indirect=True, scope="module")
+    if "choice" in metafunc.fixturenames:
+        try:
+            found = backends(metafunc.config.getoption("--backend"), _device(metafunc.config))
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        metafunc.parametrize("choice", found, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -88,13 +99,21 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, machine: Machine) -> Bench:
-    """Both contenders of one problem. Its inputs are dropped before the next problem's are made."""
-    problem = _problems(request.config, request.module.OPERATIONS)[request.param]
+    """One problem. Its inputs are dropped before the next problem's are made."""
+    return Bench(_problems(request.config, request.module.OPERATIONS)[request.param], machine)
+
+
+@pytest.fixture
+def choice(request: pytest.FixtureRequest, bench: Bench, machine: Machine) -> Choice:
+    """A contender. Skipped, saying why, where it cannot run the problem or would take for ever."""
     try:
-        choice = choose(problem, machine.device, request.config.getoption("--backend"))
+        found = choose(bench.problem, machine.device, request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
-    return Bench(request.param, problem, machine, choice)
+    reason = hopeless(bench.problem, found.kernel.backend, machine.device)
+    if reason is not None:
+        pytest.skip(reason)
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -161,12 +180,12 @@ def _workload(config: pytest.Config) -> Workload:
         raise pytest.UsageError(f"--workload: {error}") from error
 
 
-def _problems(config: pytest.Config, operations: tuple[str, ...]) -> dict[str, Problem]:
+def _problems(config: pytest.Config, operations: tuple[str, ...]) -> dict[str, LabelledProblem]:
     """Label → problem; the problem's key where two share a label."""
-    found: dict[str, Problem] = {}
+    found: dict[str, LabelledProblem] = {}
     for item in _workload(config).problems:
         if item.problem.operation in operations:
-            found[item.problem.key if item.label in found else item.label] = item.problem
+            found[item.problem.key if item.label in found else item.label] = item
     return found
 
 

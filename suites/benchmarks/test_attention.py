@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from suites.benchmarks.bench import CLOCK, Bench
+from suites.benchmarks.bench import CLOCK, Bench, Choice
 
 OPERATIONS = ("dense_attention", "colsum_attention", "sparse_attention")
 pytestmark = pytest.mark.benchmark(timer=CLOCK.seconds)
@@ -16,5 +16,5 @@ def test_baseline(benchmark: Any, bench: Bench) -> None:
     bench.time_baseline(benchmark)
 
 
-def test_attention(benchmark: Any, bench: Bench) -> None:
-    bench.time_operation(benchmark)
+def test_attention(benchmark: Any, bench: Bench, choice: Choice) -> None:
+    bench.time_operation(benchmark, choice)

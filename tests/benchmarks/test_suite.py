@@ -17,10 +17,12 @@ import yaml
 
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import device_identity, slug
+from suites.benchmarks import bench as bench_module
 from suites.benchmarks import conftest
-from suites.benchmarks.bench import CLOCK, Bench, Machine, SampleClock, choose
+from suites.benchmarks.bench import CLOCK, DISPATCH, Bench, Machine, SampleClock, backends, choose
 from tuner.baselines import Baseline, work_of
 from tuner.hardware import Ceilings, detect
+from tuner.workload import LabelledProblem
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = [
@@ -121,7 +123,7 @@ def test_a_regression_fails_the_comparison(
     done = run(workload, storage, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
     assert done.returncode != 0
     assert "Performance has regressed" in done.stderr + done.stdout
-    assert "test_attention[half kept]" in done.stderr + done.stdout
+    assert "test_attention[half kept-dispatch]" in done.stderr + done.stdout
     assert len(runs(storage)) == 3  # the slow run is kept as well
 
 
@@ -190,6 +192,27 @@ def test_an_unknown_workload_or_gpu_is_refused(chosen: dict[str, str], message: 
         conftest._workload(config)  # type: ignore[arg-type]
 
 
+def test_contenders_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert backends([], device) == [DISPATCH]
+    assert backends(["triton", "cupy_hopper", "triton"], device) == ["triton", "cupy_hopper"]
+    assert backends(["all"], device) == ["torch"]
+    monkeypatch.setattr(bench_module, "unavailable_reason", lambda name, device: None)
+    assert backends(["all"], device) == ["torch", "triton", "cupy", "cupy_hopper"]
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        backends(["cuda"], device)
+
+
+@pytest.mark.slow
+def test_every_backend_asked_for_is_a_benchmark_or_says_why_not(workload: Path, tmp_path: Path) -> None:
+    done = run(workload, tmp_path, "--backend", "torch", "--backend", "cupy_hopper", "-k", "gather", "-rs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = runs(tmp_path)
+    names = [row["name"] for row in json.loads(path.read_text())["benchmarks"]]
+    assert names == ["test_baseline[half kept]", "test_gather[half kept-torch]"]
+    assert "cupy needs an NVIDIA GPU" in done.stdout
+
+
 def test_what_a_person_chose_stays(workload: Path, tmp_path: Path) -> None:
     chosen = {
         "benchmark_storage": f"file://{tmp_path}",
@@ -234,11 +257,11 @@ def test_speedup_with_and_without_the_baseline_selected(baseline_too: bool) -> N
     problem = Problem("sparse_mlp", rows=64, columns=128, width=32, dtype="float32", density=0.5)
     device = torch.device("cpu")
     machine = Machine(device, detect(device), Ceilings(10.0, {"float32": 0.1}), Steady())
-    bench = Bench("small", problem, machine, choose(problem, device, None))
+    bench, choice = Bench(LabelledProblem("small", problem), machine), choose(problem, device, "torch")
     if baseline_too:
         bench.time_baseline(Recorder())
     recorder = Recorder()
-    bench.time_operation(recorder)
+    bench.time_operation(recorder, choice)
     assert recorder.group == "sparse_mlp: small"
     assert recorder.extra_info["speedup"] == pytest.approx(3.0)
     assert recorder.extra_info["median_ms"] == pytest.approx(2.0)
