@@ -357,36 +357,72 @@ struct Outputs {
     float scale_log2, sign;
 };
 
-// out = base + sign · o / total for this thread's two rows: pairs of neighbouring columns, 4 bytes.
+// Four lanes share a row of accumulators, each with 4 bytes of every 16. Turning squares of four words about makes
+// that 16 bytes of every 64: a quarter of the loads and stores, each 8 of which take a cycle of the cache by itself.
+constexpr int SQUARES = WIDTH / 32;
+
+__device__ __forceinline__ void exchange(unsigned& first, unsigned& second, int lanes, bool upper) {
+    const unsigned got = __shfl_xor_sync(0xffffffff, upper ? first : second, lanes);
+    (upper ? first : second) = got;
+}
+
+__device__ __forceinline__ void transpose_square(uint4& words, int lane) {
+    exchange(words.x, words.y, 1, lane & 1);
+    exchange(words.z, words.w, 1, lane & 1);
+    exchange(words.x, words.z, 2, lane & 2);
+    exchange(words.y, words.w, 2, lane & 2);
+}
+
+// What the output is added to, for this thread's two rows.
+struct Onto {
+    uint4 squares[2][SQUARES];
+
+    __device__ __forceinline__ void load(const Outputs& to, const Place& place, int row) {
+        const char* base = to.base + place.b * to.base_b + place.h * to.base_h + threadIdx.x % 4 * 16;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int at = place.first + row + 8 * r;
+#pragma unroll
+            for (int g = 0; g < SQUARES; ++g) {
+                squares[r][g] = make_uint4(0, 0, 0, 0);
+                if (to.base && at < place.limit)
+                    squares[r][g] = *reinterpret_cast<const uint4*>(base + at * to.base_n + 64 * g);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ unsigned add_pair(unsigned onto, const float* o, float factor) {
+    return pack(fmaf(o[0], factor, low_float(onto)), fmaf(o[1], factor, high_float(onto)));
+}
+
+// out = base + sign · o / total for this thread's two rows, and their log-sum-exp.
 __device__ __forceinline__ void store(
-    const Output& o, const Softmax& state, const Outputs& to, const Shape& shape, const Place& place, int row) {
-    const int column = 2 * (threadIdx.x % 4);
+    const Output& o, const Softmax& state, Onto& onto, const Outputs& to, const Shape& shape, const Place& place,
+    int row) {
+    const int lane = threadIdx.x % 4;
+    char* out = to.out + place.b * to.out_b + place.h * to.out_h + lane * 16;
+    float* lse = to.lse + (static_cast<long long>(place.b) * shape.heads + place.h) * shape.rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int at = place.first + row + 8 * r;
         const float total = over_columns(state.total[r], false);
-        if (at >= place.limit) continue;
         const float factor = total > 0.0f ? to.sign / total : 0.0f;
-        char* out = to.out + place.b * to.out_b + place.h * to.out_h + at * to.out_n + 2 * column;
-        const char* base = to.base + place.b * to.base_b + place.h * to.base_h + at * to.base_n + 2 * column;
-        unsigned onto[WIDTH / 8];
-        if (to.base) {
 #pragma unroll
-            for (int j = 0; j < WIDTH / 8; ++j) onto[j] = *reinterpret_cast<const unsigned*>(base + 16 * j);
+        for (int g = 0; g < SQUARES; ++g) {
+            uint4& words = onto.squares[r][g];
+            const float* pairs = o + 16 * g + 2 * r;
+            transpose_square(words, lane);
+            words.x = add_pair(words.x, pairs, factor);
+            words.y = add_pair(words.y, pairs + 4, factor);
+            words.z = add_pair(words.z, pairs + 8, factor);
+            words.w = add_pair(words.w, pairs + 12, factor);
+            transpose_square(words, lane);
+            if (at < place.limit) *reinterpret_cast<uint4*>(out + at * to.out_n + 64 * g) = words;
         }
-#pragma unroll
-        for (int j = 0; j < WIDTH / 8; ++j) {
-            float low = o[4 * j + 2 * r] * factor, high = o[4 * j + 2 * r + 1] * factor;
-            if (to.base) {
-                low += low_float(onto[j]);
-                high += high_float(onto[j]);
-            }
-            *reinterpret_cast<unsigned*>(out + 16 * j) = pack(low, high);
-        }
-        if (column == 0)
-            to.lse[(static_cast<long long>(place.b) * shape.heads + place.h) * shape.rows + at] =
-                total > 0.0f ? (state.maximum[r] * to.scale_log2 + log2_fast(total)) * LN2
-                             : __uint_as_float(0xff800000);
+        if (lane == 0 && at < place.limit)
+            lse[at] = total > 0.0f ? (state.maximum[r] * to.scale_log2 + log2_fast(total)) * LN2
+                                   : __uint_as_float(0xff800000);
     }
 }
 
@@ -431,7 +467,9 @@ __device__ __forceinline__ void compute(
         const int tiles = (count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
         const int head = count - (tiles - 1) * BLOCK_COLUMNS;
         count = counts[list_of(shape, min(tile + static_cast<int>(gridDim.x), shape.total - 1))];
+        const Place place(shape, tile);
         Output o;
+        Onto onto;
         Softmax state;
         state.total[0] = state.total[1] = 0.0f;
 #pragma unroll
@@ -490,12 +528,15 @@ __device__ __forceinline__ void compute(
             await_tile(shared.values_full(values.stage), values.parity);
             products_fence();
             multiply_values(o, p, further(all_values, values.stage * STAGE_BYTES));
+            onto.load(to, place, row);
             products_wait<0>();
             pin(o);
             release(shared.values_empty(values.stage), lane);
             values.advance();
+        } else {
+            onto.load(to, place, row);
         }
-        store(o, state, to, shape, Place(shape, tile), row);
+        store(o, state, onto, to, shape, place, row);
     }
 }
 
