@@ -18,7 +18,7 @@ from chipmunk_kernels.registry import Kernel
 
 CAPABILITY = (9, 0)
 FOLDER = Path(__file__).parent
-FILES: tuple[str, ...] = ("sparse_attention", "mlp")
+FILES: tuple[str, ...] = ("sparse_attention", "mlp", "colsum_attention", "dense_attention")
 """The files with kernels."""
 
 

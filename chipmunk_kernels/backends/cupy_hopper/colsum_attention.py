@@ -1,0 +1,211 @@
+"""Launching colsum_attention.cu: dense attention that also sums each group's attention mass per column."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.backends.cupy_hopper import FOLDER
+from chipmunk_kernels.backends.cupy_hopper.tensor_maps import mappable, rows_map
+from chipmunk_kernels.columns import group_count
+from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.problem import Problem
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import LaunchSettings, choice
+
+LOG2E = 1.4426950408889634
+WIDTHS = (64, 128)
+WARPGROUP_ROWS = 64
+WARPGROUP_THREADS = 128
+SHARED_BYTES = 227 * 1024  # that a Hopper block can have
+_ARGUMENTS = struct.Struct("<5Q3q6if36x")  # of the kernel, after its three tensor maps
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a kernel is cut: its compile-time parameters beside dtype and head dimension.
+
+    Attributes:
+        mass: whether columns are summed.
+        consumers: warpgroups of 64 query rows that multiply.
+        span: how many of them work on one group.
+        block_n: columns taken in at a time.
+        stages: tiles of keys and values in flight.
+        overlap: whether a warpgroup starts the next tile's logits before it waits for this tile's output.
+    """
+
+    mass: bool
+    consumers: int
+    span: int
+    block_n: int
+    stages: int
+    overlap: bool
+
+    def shared_bytes(self, width: int) -> int:
+        """Shared memory of a block: queries, tiles, two sets of column sums, barriers."""
+        rows = self.consumers * WARPGROUP_ROWS + 2 * self.stages * self.block_n
+        sums = 2 * 4 * self.consumers * self.block_n * 4 if self.mass else 0
+        return rows * width * 2 + sums + 8 * (1 + 4 * self.stages + 4)
+
+    def misfit(self, width: int) -> str | None:
+        """Why a kernel of this shape cannot run, or would spill registers; None if it can."""
+        if self.shared_bytes(width) > SHARED_BYTES:
+            return f"needs {self.shared_bytes(width)} bytes of shared memory, a block has {SHARED_BYTES}"
+        if self.consumers == 3 and self.block_n == 128:
+            return "with three warpgroups a thread has 160 registers, too few for 128 columns at a time"
+        return None
+
+
+@dataclass(frozen=True)
+class ColsumAttentionSettings(LaunchSettings):
+    """Tiles of the dense attention kernel with column sums; a group's size decides on the warpgroups.
+
+    Attributes:
+        block_n: columns taken in at a time.
+        stages: tiles of keys and values in flight.
+        overlap: whether a warpgroup starts the next tile's logits before it waits for this tile's output.
+    """
+
+    block_n: int = choice(64, 64, 128)
+    stages: int = choice(4, 2, 4)
+    overlap: bool = choice(True, True, False)
+
+    def shape(self, group_size: int) -> Shape:
+        """Three warpgroups or two, whichever leaves fewer of them idle in a group; three groups of 64."""
+        tiles = -(-group_size // WARPGROUP_ROWS)
+        consumers = 3 if tiles == 1 or -tiles % 3 <= -tiles % 2 else 2
+        return Shape(True, consumers, 1 if tiles == 1 else consumers, self.block_n, self.stages, self.overlap)
+
+    def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
+        return self.shape(problem.group_size).misfit(problem.width)
+
+
+def source(dtype: torch.dtype, width: int, shape: Shape) -> Source:
+    """colsum_attention.cu for this dtype, head dimension and shape."""
+    return Source(
+        "colsum_attention.cu",
+        (
+            ("BF16", int(dtype == torch.bfloat16)),
+            ("WIDTH", width),
+            ("MASS", int(shape.mass)),
+            ("CONSUMERS", shape.consumers),
+            ("SPAN", shape.span),
+            ("BLOCK_N", shape.block_n),
+            ("STAGES", shape.stages),
+            ("OVERLAP", int(shape.overlap)),
+        ),
+        FOLDER,
+    )
+
+
+def unsupported(dtype: torch.dtype, width: int) -> str | None:
+    """Why these kernels cannot run this dtype and head dimension, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"cupy_hopper attention takes float16 and bfloat16; got {dtype}"
+    if width not in WIDTHS:
+        return f"cupy_hopper attention takes head dimensions 64 and 128; got {width}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse_prev: Tensor | None,
+    group_size: int,
+    key_length: int | Tensor | None,
+    scale: float,
+    shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the kernel; `lse_prev` is given exactly where `shape` says mass. Returns out, lse and mass."""
+    if scale <= 0:  # the kernel takes maxima before it scales
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    batch, heads, rows, width = q.shape
+    columns, groups, device = k.shape[2], group_count(rows, group_size), q.device
+    lengths = key_length.to(torch.int32).contiguous() if isinstance(key_length, Tensor) else None
+    keys = columns if lengths is not None or key_length is None else max(0, min(int(key_length), columns))
+    out = empty_like_queries(q)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
+    mass = previous = None
+    if lse_prev is not None:
+        mass = torch.empty((batch, heads, groups, columns), dtype=torch.float32, device=device)
+        previous = lse_prev.contiguous()
+    blocks = batch * heads * -(-groups // (shape.consumers // shape.span))
+    if blocks:
+        q, k, v = mappable(q), mappable(k), mappable(v)
+        maps = rows_map(q, rows, WARPGROUP_ROWS)
+        # Without keys nothing reads through their maps, but a map of nothing does not exist.
+        maps += rows_map(k, keys, shape.block_n) + rows_map(v, keys, shape.block_n) if keys else maps + maps
+        arguments = maps + _ARGUMENTS.pack(
+            _address(previous), _address(lengths), out.data_ptr(), lse.data_ptr(), _address(mass),
+            *out.stride()[:3], heads, rows, keys, columns, groups, group_size, scale * LOG2E,
+        )  # fmt: skip
+        kernel, shared_bytes = _kernel(q.dtype, width, shape, device)
+        threads = (shape.consumers + 1) * WARPGROUP_THREADS
+        launch(kernel, device, blocks, threads, _by_value(arguments), shared_bytes=shared_bytes)
+    return out, lse, mass
+
+
+def colsum_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse_prev: Tensor,
+    group_size: int,
+    key_length: int | Tensor | None,
+    scale: float,
+    settings: ColsumAttentionSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention, its normaliser, and each column's mass, Σ exp(s − lse_prev) over a group's queries.
+
+    Args:
+        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous; copied only where a row is not
+            16-byte aligned.
+        lse_prev: float32 `(B, H, N)`, the natural-log normalisers of an earlier call.
+        group_size: queries that share a sum; the last group may be ragged.
+        key_length: an int, an integer tensor `(B,)` that the kernel reads itself, or None for all.
+        scale: of the logits.
+
+    Returns:
+        out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32, mass `(B, H, G, Nk)`
+        float32, zero from `key_length` on.
+    """
+    shape = settings.shape(group_size)
+    out, lse, mass = attend(q, k, v, lse_prev, group_size, key_length, scale, shape)
+    assert mass is not None
+    return out, lse, mass
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, width: int, shape: Shape, device: torch.device) -> tuple[Any, int]:
+    """The kernel and the shared memory that it takes."""
+    shared_bytes = shape.shared_bytes(width)
+    return load(source(dtype, width, shape), "attention", device, shared_bytes), shared_bytes
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _by_value(argument: bytes) -> np.ndarray[Any, Any]:
+    """One struct, as CuPy passes it by value: an array with one element."""
+    return np.frombuffer(argument, dtype=np.dtype((np.void, len(argument))))
+
+
+KERNELS = (
+    Kernel("colsum_attention", "cupy_hopper", colsum_attention, ColsumAttentionSettings, unsupported),
+)
+
+_DEFAULT = ColsumAttentionSettings()
+SOURCES = (
+    source(torch.bfloat16, 128, _DEFAULT.shape(192)),
+    source(torch.bfloat16, 128, _DEFAULT.shape(128)),
+    source(torch.float16, 64, _DEFAULT.shape(64)),
+)
