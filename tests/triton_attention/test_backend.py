@@ -13,7 +13,7 @@ from chipmunk_kernels.backends import triton as backend
 from chipmunk_kernels.backends.triton.colsum_attention import ColsumAttentionSettings
 from chipmunk_kernels.backends.triton.dense_attention import DenseAttentionSettings
 from chipmunk_kernels.backends.triton.launch import tile_rows, tile_warps, unsupported_attention
-from chipmunk_kernels.backends.triton.sparse_attention import SparseAttentionSettings
+from chipmunk_kernels.backends.triton.sparse_attention import SparseAttentionSettings, launches
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.settings import LaunchSettings
 from reference import attention as truth
@@ -107,6 +107,20 @@ def test_misfit_names_the_reason() -> None:
 def test_tiles_shrink_to_their_rows() -> None:
     assert [tile_rows(128, rows) for rows in (1, 16, 17, 64, 65, 128, 129)] == [16, 16, 32, 64, 128, 128, 128]
     assert [tile_warps(8, rows) for rows in (16, 32, 64, 128)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "plan"),
+    [
+        (128, [(0, 1, 128, 64)]),
+        (192, [(0, 1, 128, 64), (128, 1, 64, 32)]),
+        (256, [(0, 2, 128, 64)]),
+        (48, [(0, 1, 64, 32)]),
+        (300, [(0, 2, 128, 64), (256, 1, 64, 32)]),
+    ],
+)
+def test_every_row_of_a_group_has_its_tile(group_size: int, plan: list[tuple[int, int, int, int]]) -> None:
+    assert launches(group_size, SparseAttentionSettings(block_m=128, block_n=64)) == plan
 
 
 def test_public_operators_reach_the_kernels() -> None:

@@ -56,8 +56,8 @@ class SparseAttentionSettings(LaunchSettings):
     """Tile and launch of the column-sparse attention kernel.
 
     Attributes:
-        block_m: query rows of a program; cut to the group where that is shorter. Twice the rows gather half
-            the bytes for each product, so 256 may pay even where a quarter of them is past a 192-row group.
+        block_m: query rows of a program; what a group has beyond whole tiles goes to shorter ones (see
+            `launches`). Twice the rows gather half the bytes for each product.
         block_n: columns gathered at a time.
         num_warps: 8 spill on no GPU.
         num_stages: tiles of keys and values in flight, and in shared memory.
@@ -84,21 +84,21 @@ class SparseAttentionSettings(LaunchSettings):
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "groups", "capacity", "group_size", "tiles"])
+@triton.jit(do_not_specialize=["heads", "rows", "groups", "capacity", "group_size", "within", "tiles"])
 def sparse_attention_kernel(
     q, k, v, indices, counts, base, out, lse,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, base_b, base_h, base_n, out_b, out_h, out_n,
-    heads, rows, groups, capacity, group_size, tiles, scale_log2, sign,
+    heads, rows, groups, capacity, group_size, within, tiles, scale_log2, sign,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SAME_ROWS: tl.constexpr, PEEL_TAIL: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of one group. `tiles` row tiles make a group; SAME_ROWS says that k_n equals v_n."""
+    """One of the `tiles` row tiles that begin `within` each group. SAME_ROWS says that k_n equals v_n."""
     pair = tl.program_id(0) // (groups * tiles)
     tile = tl.program_id(0) % (groups * tiles)
     group = tile // tiles
     b = (pair // heads).to(tl.int64)
     h = (pair % heads).to(tl.int64)
-    row = group * group_size + (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = group * group_size + within + (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < tl.minimum((group + 1) * group_size, rows)
     row = row.to(tl.int64)
     d = tl.arange(0, WIDTH)
@@ -162,6 +162,22 @@ def sparse_attention_kernel(
     tl.store(lse + pair.to(tl.int64) * rows + row, log_sum_exp(m, l), mask=inside)
 
 
+def launches(group_size: int, settings: SparseAttentionSettings) -> list[tuple[int, int, int, int]]:
+    """How the rows of a group are shared out: (first row, row tiles, block_m, block_n) of each launch.
+
+    As many tiles of `block_m` as a group holds; then one of the smallest power of two for the rows that are
+    left (192 = 128 + 64). Fewer rows take fewer columns at a time, so that more such programs share a
+    multiprocessor.
+    """
+    tiles, rest = divmod(group_size, settings.block_m)
+    plan = [(0, tiles, settings.block_m, settings.block_n)] if tiles else []
+    if rest:
+        block_m = tile_rows(settings.block_m, rest)
+        block_n = max(32, settings.block_n * block_m // settings.block_m)
+        plan.append((group_size - rest, 1, block_m, min(block_n, settings.block_n)))
+    return plan
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -190,21 +206,20 @@ def sparse_attention(
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     if scale < 0:
         q, scale = -q, -scale  # the running maximum is taken before scaling
-    block_m = tile_rows(settings.block_m, columns.group_size)
-    tiles = -(-columns.group_size // block_m)
     base_strides = (0, 0, 0) if base is None else base.stride()[:3]
     with on_device(q):
-        sparse_attention_kernel[(batch * heads * columns.groups * tiles,)](
-            q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
-            heads, rows, columns.groups, columns.capacity, columns.group_size, tiles,
-            scale * LOG2E, float(sign),
-            WIDTH=width, BLOCK_M=block_m, BLOCK_N=settings.block_n,
-            SAME_ROWS=k.stride(2) == v.stride(2), PEEL_TAIL=settings.peel_tail,
-            OVERLAP=settings.overlap, PRECISION=precision(q.dtype),
-            num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
-            maxnreg=register_cap(settings.max_registers),
-        )  # fmt: skip
+        for within, tiles, block_m, block_n in launches(columns.group_size, settings):
+            sparse_attention_kernel[(batch * heads * columns.groups * tiles,)](
+                q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
+                heads, rows, columns.groups, columns.capacity, columns.group_size, within, tiles,
+                scale * LOG2E, float(sign),
+                WIDTH=width, BLOCK_M=block_m, BLOCK_N=block_n,
+                SAME_ROWS=k.stride(2) == v.stride(2), PEEL_TAIL=settings.peel_tail,
+                OVERLAP=settings.overlap, PRECISION=precision(q.dtype),
+                num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
+                maxnreg=register_cap(settings.max_registers),
+            )  # fmt: skip
     return out, lse
 
 
