@@ -11,6 +11,7 @@ import ctypes
 import re
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class Warps:
         assert not trouble.value, trouble.value.decode()
         self.conflicts += launch.conflicts
 
-    def _compile(self, source: Source) -> ctypes.CDLL:
-        assert COMPILER is not None
+    def text(self, source: Source) -> str:
+        """The kernels of a source in C++ for the host."""
         main = (source.folder / source.file).read_text(encoding="utf-8")
         text = re.sub(
             r'^#include "([\w.]+)"$',
@@ -91,8 +92,12 @@ class Warps:
                 f'\nextern "C" void run_{name}(const long long* arguments, host::Launch* launch) '
                 f"{{ host::run({name}, arguments, launch); }}\n"
             )
-        path = self.folder / f"warps{len(self.libraries)}"
-        path.with_suffix(".cpp").write_text(text)
+        return text
+
+    def _compile(self, source: Source) -> ctypes.CDLL:
+        assert COMPILER is not None
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "kernels"
+        path.with_suffix(".cpp").write_text(self.text(source))
         defines = [f"-D{macro}={value}" for macro, value in source.defines]
         subprocess.run(
             [COMPILER, "-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", *defines,
