@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ class Emulator:
         *arguments: Any,
         shared_bytes: int = 0,
     ) -> None:
-        values = [each.data_ptr() if isinstance(each, Tensor) else int(each or 0) for each in arguments]
+        values = [_word(each) for each in arguments]
         numbers = (ctypes.c_longlong * len(values))(*values)
         stuck = kernel(numbers, self.blocks, threads, shared_bytes, ctypes.c_ulonglong(self.seed + 1))
         assert not stuck, f"deadlock with {self.blocks} blocks, seed {self.seed}"
@@ -74,7 +75,10 @@ class Emulator:
         parameters = re.search(rf"__global__[^{{]*?\b{name}\((.*?)\)\s*{{", text, re.DOTALL)
         assert parameters is not None
         types = [re.sub(r"\w+$", "", each.strip()) for each in parameters[1].split(",")]
-        passed = ", ".join(f"({kind})numbers[{i}]" for i, kind in enumerate(types))
+        passed = ", ".join(
+            f"*(double*)(numbers + {i})" if kind.strip() == "double" else f"({kind})numbers[{i}]"
+            for i, kind in enumerate(types)
+        )
         return f"""{text}
             static const long long* numbers;
             extern "C" int run_{name}(
@@ -83,3 +87,12 @@ class Emulator:
                 return run_blocks([] {{ {name}({passed}); }}, count, threads, bytes, seed);
             }}
         """
+
+
+def _word(argument: Any) -> int:
+    """A kernel argument as 64 bits."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return struct.unpack("q", struct.pack("d", argument))[0]
+    return int(argument or 0)

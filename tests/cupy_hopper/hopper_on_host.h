@@ -63,6 +63,8 @@ struct Product_ {
     Descriptor a, b;
     int columns;
     bool transposed_a, transposed_b, accumulate, commit;
+    bool in_registers = false;  // A is `rows`: this thread's row and the eighth after it, as they were at the issue
+    float rows[2][16];
 };
 struct Fiber {
     ucontext_t context;
@@ -143,6 +145,24 @@ static int __shfl_sync(unsigned, int value, int lane) {
     exchange(static_cast<unsigned>(value), all);
     return static_cast<int>(all[lane]);
 }
+static int __shfl_sync(unsigned, int value, int lane, int width) {
+    unsigned long long all[32];
+    exchange(static_cast<unsigned>(value), all);
+    return static_cast<int>(all[me->thread % WARP / width * width + lane]);
+}
+static unsigned __shfl_xor_sync(unsigned, unsigned value, int mask) {
+    unsigned long long all[32];
+    exchange(value, all);
+    return static_cast<unsigned>(all[(me->thread % WARP) ^ mask]);
+}
+static float __shfl_xor_sync(unsigned all, float value, int mask) {
+    return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(value), mask));
+}
+static bool __any_sync(unsigned, bool value) {
+    unsigned long long all[32];
+    exchange(value, all);
+    return std::any_of(all, all + 32, [](unsigned long long each) { return each != 0; });
+}
 static bool elected() { return me->thread % WARP == 0; }
 
 // ---- Shared memory and barriers ------------------------------------------------------------------------------
@@ -201,6 +221,14 @@ static void add_release(int* counter, int value) {
     ++progress;
 }
 static int load_constant(const int* source) { return *source; }
+static long long nanoseconds() { return static_cast<long long>(progress); }
+static const char* row_at(const char* table, int row, int stride) {
+    return table + static_cast<long long>(row) * stride;
+}
+static void trap() {
+    std::fprintf(stderr, "trap\n");
+    std::abort();
+}
 static int thread_number() { return me->thread; }
 template <typename Word>
 static Word __ldg(const Word* source) {
@@ -289,6 +317,13 @@ static Descriptor descriptor(unsigned address, int leading_bytes, int stride_byt
 static Descriptor k_major(unsigned address) { return descriptor(address, 16, ATOM_BYTES); }
 static Descriptor mn_major(unsigned address, int tile_bytes) { return descriptor(address, tile_bytes, ATOM_BYTES); }
 constexpr Descriptor K_STEP = 16 * 2 >> 4, MN_STEP = 16 * ROW_BYTES >> 4;
+static Descriptor further(Descriptor from, int bytes) {
+    return (from & 0xffffffff00000000ull) | (static_cast<unsigned>(from) + static_cast<unsigned>(bytes >> 4));
+}
+template <typename Value>
+static Value once(Value value) {
+    return value;
+}
 
 // What wgmma reads at (row or column, k) of an operand, by the PTX ISA's canonical layouts with 128-byte swizzle.
 static float element(Descriptor d, bool transposed, int mn, int k) {
@@ -310,7 +345,9 @@ static void one_product() {
     float a[2][16];
     for (int half = 0; half < 2; ++half)
         for (int k = 0; k < 16; ++k)
-            a[half][k] = element(p.a, p.transposed_a, warp * 16 + lane / 4 + 8 * half, k);
+            a[half][k] = p.in_registers
+                             ? p.rows[half][k]
+                             : element(p.a, p.transposed_a, warp * 16 + lane / 4 + 8 * half, k);
     for (int j = 0; j < p.columns / 8; ++j)
         for (int odd = 0; odd < 2; ++odd) {
             float b[16];
@@ -338,6 +375,22 @@ static void pin(Values&) {}
 template <int TRANSPOSED_A, int TRANSPOSED_B, int COUNT>
 static void multiply(float (&d)[COUNT], Descriptor a, Descriptor b, int accumulate) {
     me->products.push_back({d, a, b, 2 * COUNT, TRANSPOSED_A != 0, TRANSPOSED_B != 0, accumulate != 0, false});
+}
+template <int TRANSPOSED_B, int COUNT>
+static void multiply(
+    float (&d)[COUNT], unsigned a0, unsigned a1, unsigned a2, unsigned a3, Descriptor b, int accumulate) {
+    Product_ product{d, 0, b, 2 * COUNT, false, TRANSPOSED_B != 0, accumulate != 0, false, true};
+    const unsigned words[4] = {a0, a1, a2, a3};
+    for (int i = 0; i < 4; ++i) {
+        unsigned long long all[32];
+        exchange(words[i], all);
+        for (int lane = 0; lane < 4; ++lane) {
+            const unsigned word = static_cast<unsigned>(all[me->thread % WARP / 4 * 4 + lane]);
+            product.rows[i % 2][8 * (i / 2) + 2 * lane] = low_float(word);
+            product.rows[i % 2][8 * (i / 2) + 2 * lane + 1] = high_float(word);
+        }
+    }
+    me->products.push_back(product);
 }
 
 static unsigned fragment(const unsigned long long (&rows)[32], int matrix, bool transposed) {

@@ -124,6 +124,13 @@ __device__ __forceinline__ int load_constant(const int* source) {
     return value;
 }
 
+// Since some moment, the same for all multiprocessors.
+__device__ __forceinline__ long long nanoseconds() {
+    long long time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
 // threadIdx.x, read anew: the compiler does not keep what it derives from this across loop iterations.
 __device__ __forceinline__ int thread_number() {
     int number;

@@ -1,7 +1,7 @@
 // The sparse MLP delta in one persistent launch: up-projection with cache update, down-projection, overlapped.
 //
 // Compile-time parameters (macros): BF16 (elements are bfloat16, else float16); FLOAT_OUTPUT (the output cache is
-// float32, else of the elements' type); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
+// float32, else of the elements' type); TIMELINE (record when each tile was at work, see `Record`); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
 // output features make a tile; STAGES of its shared.
 //
 // Both products have tokens as rows: D[token, neuron] = X W1[kept]^T and D[token, feature] = delta W2[kept]. The
@@ -67,6 +67,9 @@ struct alignas(16) Tile {
     int batch;
     int first;       // token
     int tokens;      // that exist, of TOKENS
+#if TIMELINE
+    int number;      // in the order of claims
+#endif
 };
 
 struct Problem {
@@ -104,6 +107,22 @@ struct Problem {
 __device__ __forceinline__ int slot_of(int position) {
     return (position & ~31) | (position >> 1 & 3) << 3 | (position >> 3 & 3) << 1 | (position & 1);
 }
+
+#if TIMELINE
+// When a warpgroup began a tile, had its sums, and was done, in nanoseconds; written after the counters, by tile.
+struct Record {
+    index_t kind, began, summed, done;
+};
+
+__device__ __forceinline__ Record* record_of(const Problem& p, const Tile& tile) {
+    const index_t counters = (1 + 2 * p.rows * p.parts + 7) / 8 * 8;
+    return reinterpret_cast<Record*>(p.state + counters) + tile.number;
+}
+#define MARK(field, value)                                                                  \
+    if (part.thread == 0 && part.warpgroup == 0) record_of(p, tile)->field = value
+#else
+#define MARK(field, value)
+#endif
 
 // ---- Order ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +172,9 @@ __device__ __forceinline__ Tile claim(const Problem& p) {
         if (tile.count <= least || tile.tokens <= 0) continue;
         tile.batch = tile.row / p.groups;
         tile.first = tile.row % p.groups * p.group_size + tile.part * TOKENS;
+#if TIMELINE
+        tile.number = number;
+#endif
         return tile;
     }
 }
@@ -213,8 +235,8 @@ struct Shared {
         : bytes(aligned), base(shared_address(aligned)) {}
     __device__ __forceinline__ unsigned a(int stage) const { return base + stage * STAGE_BYTES; }
     __device__ __forceinline__ unsigned b(int stage) const { return a(stage) + A_BYTES; }
-    __device__ __forceinline__ unsigned staging(int warpgroup) const {
-        return base + STAGING_AT + warpgroup * 2 * PASS_BYTES;
+    __device__ __forceinline__ unsigned char* staging(int warpgroup) const {
+        return bytes + STAGING_AT + warpgroup * 2 * PASS_BYTES;
     }
     __device__ __forceinline__ Element* bias(int warpgroup) const {
         return reinterpret_cast<Element*>(bytes + BIAS_AT) + warpgroup * WIDTH;
@@ -403,26 +425,26 @@ __device__ __forceinline__ void finish_steps(
 
 // A staged chunk: 16 bytes at once if all of them exist and may be, else one element after another.
 template <typename Word>
-__device__ __forceinline__ void stage_in(unsigned target, const Word* source, int existing, bool aligned) {
+__device__ __forceinline__ void stage_in(unsigned char* target, const Word* source, int existing, bool aligned) {
     constexpr int WORDS = 16 / sizeof(Word);
     if (existing >= WORDS && aligned) {
-        copy_16(target, source);
+        copy_16(shared_address(target), source);
     } else {
-        Word* words = static_cast<Word*>(__cvta_shared_to_generic(target));
+        Word* words = reinterpret_cast<Word*>(target);
 #pragma unroll 1
         for (int i = 0; i < WORDS && i < existing; ++i) words[i] = source[i];
     }
 }
 
 template <typename Word>
-__device__ __forceinline__ void stage_out(Word* target, unsigned source, int existing, bool aligned) {
+__device__ __forceinline__ void stage_out(
+    Word* target, const unsigned char* source, int existing, bool aligned) {
     constexpr int WORDS = 16 / sizeof(Word);
-    const void* staged = __cvta_shared_to_generic(source);
     if (existing >= WORDS && aligned) {
-        *reinterpret_cast<uint4*>(target) = *static_cast<const uint4*>(staged);
+        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
     } else {
 #pragma unroll 1
-        for (int i = 0; i < WORDS && i < existing; ++i) target[i] = static_cast<const Word*>(staged)[i];
+        for (int i = 0; i < WORDS && i < existing; ++i) target[i] = reinterpret_cast<const Word*>(source)[i];
     }
 }
 
@@ -437,10 +459,10 @@ struct UpEpilogue {
     const Problem& p;
     const Tile& tile;
     const Part& part;
-    unsigned staging;
+    unsigned char* staging;
     int first_slot;
 
-    __device__ __forceinline__ UpEpilogue(const Problem& p, const Tile& tile, const Part& part, unsigned staging)
+    __device__ __forceinline__ UpEpilogue(const Problem& p, const Tile& tile, const Part& part, unsigned char* staging)
         : p(p), tile(tile), part(part), staging(staging), first_slot(tile.block * WIDE + part.column) {}
 
     __device__ __forceinline__ int slot(int pass, int i) const {
@@ -458,7 +480,7 @@ struct UpEpilogue {
         return p.cache + tile.batch * p.cache_b + neuron * p.cache_f + tile.first + part.token +
                part.thread % CHUNKS * CHUNK_ELEMENTS;
     }
-    __device__ __forceinline__ unsigned staged(int pass, int i) const {
+    __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
         return staging + pass % 2 * PASS_BYTES + swizzled(part.thread / CHUNKS, part.thread % CHUNKS) +
                i * ROWS_AT_ONCE * ROW_BYTES;
     }
@@ -473,7 +495,7 @@ struct UpEpilogue {
     __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], const Element* bias, int pass) const {
         const int quarter = part.lane % 4, matrix = part.lane / 8, within = part.lane % 8;
         // Matrices: of 8 neurons and the next 8, the warp's first 8 tokens and its last.
-        const unsigned rows = staging + pass % 2 * PASS_BYTES +
+        const unsigned rows = shared_address(staging) + pass % 2 * PASS_BYTES +
                               swizzled(matrix / 2 * 8 + within, part.warp * 2 + matrix % 2);
         const int left = tile.count - first_slot - pass * PASS_ROWS - 2 * quarter;
         unsigned char* image = p.images(tile.row, tile.part) +
@@ -522,7 +544,7 @@ struct DownEpilogue {
     const Problem& p;
     const Tile& tile;
     const Part& part;
-    unsigned staging;
+    unsigned char* staging;
 
     __device__ __forceinline__ int row(int i) const { return part.thread / CHUNKS + i * ROWS_AT_ONCE; }
     __device__ __forceinline__ int column(int pass) const {
@@ -535,7 +557,7 @@ struct DownEpilogue {
         return static_cast<Word*>(p.output) + tile.batch * p.output_b +
                (tile.first + part.token + row(i)) * p.output_m + column(pass);
     }
-    __device__ __forceinline__ unsigned staged(int pass, int i) const {
+    __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
         return staging + pass % 2 * PASS_BYTES + swizzled(row(0), part.thread % CHUNKS) +
                i * ROWS_AT_ONCE * ROW_BYTES;
     }
@@ -552,14 +574,14 @@ struct DownEpilogue {
 
     // The product added to the staged rows.
     __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], int pass) const {
-        const unsigned buffer = staging + pass % 2 * PASS_BYTES;
+        unsigned char* buffer = staging + pass % 2 * PASS_BYTES;
 #if FLOAT_OUTPUT
 #pragma unroll
         for (int i = 0; i < OUTPUT_PASS / 4; ++i) {
             const int eight = i / 2, token = i % 2;
             const int chunk = eight * 2 + part.lane % 4 / 2;
-            float2* word = static_cast<float2*>(__cvta_shared_to_generic(
-                buffer + swizzled(part.warp * 16 + token * 8 + part.lane / 4, chunk) + part.lane % 2 * 8));
+            float2* word = reinterpret_cast<float2*>(
+                buffer + swizzled(part.warp * 16 + token * 8 + part.lane / 4, chunk) + part.lane % 2 * 8);
             const float* values = sum + pass * (OUTPUT_PASS / 2) + eight * 4 + token * 2;
             const float2 old = *word;
             *word = make_float2(old.x + values[0], old.y + values[1]);
@@ -568,7 +590,7 @@ struct DownEpilogue {
         const int matrix = part.lane / 8, row = part.warp * 16 + matrix % 2 * 8 + part.lane % 8;
 #pragma unroll
         for (int pair = 0; pair < 8; pair += 2) {
-            const unsigned address = buffer + swizzled(row, pair + matrix / 2);
+            const unsigned address = shared_address(buffer) + swizzled(row, pair + matrix / 2);
             unsigned words[4];
             load_matrix_4(address, words);
 #pragma unroll
@@ -611,6 +633,7 @@ __device__ __forceinline__ void consume_up(
     }
     multiply_steps<0>(sum, shared, at, part, early, steps);
     finish_steps(sum, shared, at, part);
+    MARK(summed, nanoseconds());
 
 #pragma unroll
     for (int i = 0; i < BIASES; ++i)
@@ -654,6 +677,7 @@ __device__ __forceinline__ void consume_down(
     }
     multiply_steps<1>(sum, shared, at, part, early, steps);
     finish_steps(sum, shared, at, part);
+    MARK(summed, nanoseconds());
     // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
     if (part.thread == 0) announce(p.drained(tile.row, tile.part));
 #pragma unroll
@@ -678,8 +702,11 @@ __device__ __forceinline__ void consume(const Problem& p, const Shared& shared, 
         if (tile.kind == END) return;
         // Made anew for each tile: what derives from it would else stay in registers that the sums need.
         const Part part(number);
+        MARK(kind, tile.kind | blockIdx.x << 1);
+        MARK(began, nanoseconds());
         if (tile.kind == UP) consume_up(p, tile, shared, at, part);
         else consume_down(p, tile, shared, at, part);
+        MARK(done, nanoseconds());
     }
 }
 

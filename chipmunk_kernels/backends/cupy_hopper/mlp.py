@@ -76,14 +76,16 @@ def shared_bytes(settings: SparseMlpSettings) -> int:
     warpgroups = settings.token_warpgroups * settings.width_warpgroups
     wide = settings.width_warpgroups * settings.width
     stage = (settings.token_warpgroups * WARPGROUP_TOKENS + wide) * ROW_BYTES
-    staging, bias, tiles = 2 * 64 * ROW_BYTES, 2 * settings.width, 2 * 32
+    staging, bias, tiles = 2 * 64 * ROW_BYTES, 2 * settings.width, 2 * 48
     barriers = 8 * (2 * settings.stages + 4)
     alignment = 8 * ROW_BYTES
     return settings.stages * stage + warpgroups * (staging + bias) + tiles + barriers + alignment
 
 
-def source(dtype: torch.dtype, float_output: bool, settings: SparseMlpSettings) -> Source:
-    """mlp.cu for an element type, the output cache's, and tiles."""
+def source(
+    dtype: torch.dtype, float_output: bool, settings: SparseMlpSettings, timeline: bool = False
+) -> Source:
+    """mlp.cu for an element type, the output cache's, and tiles; `timeline` adds records after the counters."""
     return Source(
         "mlp.cu",
         (
@@ -93,6 +95,7 @@ def source(dtype: torch.dtype, float_output: bool, settings: SparseMlpSettings) 
             ("WIDTH_WARPGROUPS", settings.width_warpgroups),
             ("WIDTH", settings.width),
             ("STAGES", settings.stages),
+            ("TIMELINE", int(timeline)),
         ),
         FOLDER,
     )
