@@ -166,8 +166,8 @@ def colsum_attention(
     """Dense attention, its normaliser, and each column's mass, Σ exp(s − lse_prev) over a group's queries.
 
     Args:
-        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous; copied only where a row is not
-            16-byte aligned.
+        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous; copied only where
+            rows are not 16-byte aligned.
         lse_prev: float32 `(B, H, N)`, the natural-log normalisers of an earlier call.
         group_size: queries that share a sum; the last group may be ragged.
         key_length: an int, an integer tensor `(B,)` that the kernel reads itself, or None for all.
@@ -199,9 +199,7 @@ def _by_value(argument: bytes) -> np.ndarray[Any, Any]:
     return np.frombuffer(argument, dtype=np.dtype((np.void, len(argument))))
 
 
-KERNELS = (
-    Kernel("colsum_attention", "cupy_hopper", colsum_attention, ColsumAttentionSettings, unsupported),
-)
+KERNELS = (Kernel("colsum_attention", "cupy_hopper", colsum_attention, ColsumAttentionSettings, unsupported),)
 
 _DEFAULT = ColsumAttentionSettings()
 SOURCES = (

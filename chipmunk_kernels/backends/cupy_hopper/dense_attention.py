@@ -53,8 +53,8 @@ def dense_attention(
     """softmax(q kᵀ · scale) v over the first `key_length` columns, and its natural-log normaliser.
 
     Args:
-        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous; copied only where a row is not
-            16-byte aligned.
+        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous; copied only where
+            rows are not 16-byte aligned.
         key_length: an int, an integer tensor `(B,)` that the kernel reads itself, or None for all.
         scale: of the logits.
 

@@ -24,7 +24,7 @@ _STEP_BYTES = 16  # addresses and strides are multiples of it
 
 
 def fits(x: Tensor) -> bool:
-    """Whether a map can describe this `(B, H, N, D)` tensor: D contiguous, rows 16-byte aligned, none shared."""
+    """Whether a map can describe this `(B, H, N, D)` tensor: D contiguous, rows 16-byte aligned, not shared."""
     item = x.element_size()
     steps = [stride * item for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     aligned = all(step > 0 and step % _STEP_BYTES == 0 for step in steps)
@@ -37,7 +37,7 @@ def mappable(x: Tensor) -> Tensor:
 
 
 def rows_map(x: Tensor, rows: int, box_rows: int) -> bytes:
-    """A map of `(B, H, N, D)` in boxes of `box_rows` × 64 elements; past the first `rows` rows it gives zeros.
+    """A map of `(B, H, N, D)` in boxes of `box_rows` × 64 elements; past the first `rows` it gives zeros.
 
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
@@ -67,7 +67,9 @@ def _encode(
         ctypes.c_int(_FILL_ZEROS),
     )  # fmt: skip
     if status:
-        raise RuntimeError(f"the driver refuses a tensor map (error {status}): {sizes=} {strides=} {box_rows=}")
+        raise RuntimeError(
+            f"the driver refuses a tensor map (error {status}): {sizes=} {strides=} {box_rows=}"
+        )
     return ctypes.string_at(place, MAP_BYTES)
 
 
