@@ -130,8 +130,7 @@ struct Work {
 
     // Each use computes its own: registers are too few to keep these numbers while tiles are multiplied.
     __device__ __forceinline__ explicit Work(const Arguments& a) {
-        int block;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        const int block = block_number();
         const int blocks_per_pair = (a.groups + BLOCK_GROUPS - 1) / BLOCK_GROUPS;
         pair = block / blocks_per_pair;
         b = pair / a.heads;
@@ -170,31 +169,7 @@ struct RowRange {
     }
 };
 
-// Whether any thread of the block says so. All of them must ask.
-__device__ __forceinline__ bool any_in_block(bool mine) {
-    int any;
-    asm volatile(
-        "{\n.reg .pred mine, any;\nsetp.ne.s32 mine, %1, 0;\n"
-        "bar.red.or.pred any, 1, %2, mine;\nselp.s32 %0, 1, 0, any;\n}"
-        : "=r"(any)
-        : "r"(static_cast<int>(mine)), "n"(THREADS)
-        : "memory");
-    return any;
-}
-
-__device__ __forceinline__ void clear_shared_16(unsigned address) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" ::"r"(address), "f"(0.0f) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(unsigned address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
-
-__device__ __forceinline__ float load_shared(unsigned address) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
+__device__ __forceinline__ bool any_in_block(bool mine) { return any_of(1, THREADS, mine); }
 
 // ---- The helper's first warp: copies -------------------------------------------------------------------------
 
@@ -244,11 +219,6 @@ __device__ __forceinline__ void load_all(const Arguments& a, const Shared& share
 
 // ---- The helper's last two warps: column sums of the warps -> mass ------------------------------------------
 
-// Past the caches' interest: nobody reads it soon, and keys and values should stay.
-__device__ __forceinline__ void write_through(float* target, float value) {
-    asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
-}
-
 // Adds the sums of all warps of each group and writes them; `add` to what the group's earlier rows have left there,
 // written by the same thread. `number` is that of the first tile.
 __device__ __forceinline__ void reduce_tiles(
@@ -267,9 +237,9 @@ __device__ __forceinline__ void reduce_tiles(
                                       (group * SPAN * WG_WARPS * BLOCK_N + thread + i) * 4;
                 float sum = 0.0f;
 #pragma unroll
-                for (int warp = 0; warp < SPAN * WG_WARPS; ++warp) sum += load_shared(sums + warp * BLOCK_N * 4);
+                for (int warp = 0; warp < SPAN * WG_WARPS; ++warp) sum += load_shared_float(sums + warp * BLOCK_N * 4);
                 sum *= unit;
-                if (column + i < a.columns) write_through(mass + i, add ? sum + mass[i] : sum);
+                if (column + i < a.columns) store_streaming(mass + i, add ? sum + mass[i] : sum);
             }
         }
         barrier_arrive(shared.sums_empty(place));
@@ -426,7 +396,7 @@ __device__ __forceinline__ void hand_over_sums(
     halve_sums<SUMS / 4, 8>(sums, lane);
     halve_sums<SUMS / 8, 4>(sums, lane);
     if (part == 0) barrier_wait(shared.sums_empty(place), parity_of<PARTIAL_SLOTS>(number) ^ 1);
-    store_shared(
+    store_shared_floats(
         shared.partials + place * PARTIAL_BYTES + (warp * BLOCK_N + part * PART + 2 * lane) * 4, sums[0], sums[1]);
     if (part == PARTS - 1) arrive_once(shared.sums_full(place));
 }

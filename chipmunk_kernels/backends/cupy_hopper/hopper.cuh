@@ -79,6 +79,18 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Whether any of `threads` threads says so; all of them ask, at a named barrier.
+__device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred mine, any;\nsetp.ne.s32 mine, %3, 0;\n"
+        "bar.red.or.pred any, %1, %2, mine;\nselp.s32 %0, 1, 0, any;\n}"
+        : "=r"(any)
+        : "r"(barrier), "r"(threads), "r"(static_cast<int>(mine))
+        : "memory");
+    return any;
+}
+
 // Generic-proxy writes so far, of this thread or observed by it, come before async-proxy accesses after this.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -146,6 +158,34 @@ __device__ __forceinline__ const char* row_at(const char* table, int row, int st
 }
 
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// The block's number, asked for anew at each call: what is computed from it need not stay in registers.
+__device__ __forceinline__ int block_number() {
+    int number;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+    return number;
+}
+
+// ---- Plain loads and stores ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ float load_shared_float(unsigned address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared_floats(unsigned address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void clear_shared_16(unsigned address) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" ::"r"(address), "f"(0.0f) : "memory");
+}
+
+// First to leave the caches: nobody reads it soon.
+__device__ __forceinline__ void store_streaming(float* target, float value) {
+    asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
+}
 
 // ---- Copies --------------------------------------------------------------------------------------------------
 
