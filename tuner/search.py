@@ -90,7 +90,11 @@ class Study:
         )
         known = self._study.get_trials(deepcopy=False)
         # A resumed sampler with the same seed would propose the same candidates again.
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(known), n_startup_trials=8)
+        # A batch is proposed before any of it is told: what is open counts as bad, or it would be one idea
+        # twelve times over.
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=seed + len(known), n_startup_trials=8, constant_liar=True
+        )
         self._told = {_key_of(space, trial) for trial in known if trial.state.is_finished()}
         self._queue: list[Candidate] = []
         self._open: dict[str, optuna.Trial | None] = {}

@@ -1,0 +1,384 @@
+"""`python -m suites.benchmarks.bars`: as a person runs it, and what it makes of what can happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from chipmunk_kernels import registry
+from chipmunk_kernels.problem import Problem
+from suites.benchmarks.bars import run as run_module
+from suites.benchmarks.bars import tasks
+from suites.benchmarks.bars.__main__ import main
+from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
+from suites.benchmarks.bars.report import Report
+from suites.benchmarks.bars.run import Plan, hopeless, run
+from suites.benchmarks.bars.tasks import DENSE, Row, Task
+from tuner.hardware import Ceilings
+from tuner.problem import make_case
+from tuner.statistics import Interval
+from tuner.store import Outcome
+from tuner.verify import Check
+from tuner.workload import Bar, LabelledProblem, load_workload
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+RIGHT = Check(0.0, 1.0, "everywhere")
+
+
+def attention(label: str, *bars: Bar, **fields: Any) -> LabelledProblem:
+    shape = {"rows": 1000, "columns": 1000, "width": 100, "density": 0.1, **fields}
+    return LabelledProblem(label, Problem("sparse_attention", **shape), bars=bars)
+
+
+def exactly(value: float) -> Interval:
+    return Interval(value, value, value, 0.95, 6)
+
+
+def timed(item: LabelledProblem, backend: str, ms: float, dense_ms: float = 10.0, **fields: Any) -> Row:
+    row = Row(item, backend, time=exactly(ms), dense=exactly(dense_ms), dense_name="dense", check=RIGHT)
+    return dataclasses.replace(row, speedup=exactly(dense_ms / ms), **fields)
+
+
+def report(items: Sequence[LabelledProblem], rows: Sequence[Row], **limits: float) -> Report:
+    made = Report(items, limits, Ceilings(100.0, {"bfloat16": 1.0, "float32": 1.0}), "cuda")
+    for row in rows:
+        made.add(row)
+    return made
+
+
+def test_a_bar_is_for_its_backend_or_for_the_best() -> None:
+    named = attention("a", Bar("speedup", 5.0, "triton"), Bar("speedup", 5.0))
+    rows = [timed(named, "triton", 2.5), timed(named, "cupy_hopper", 1.25), timed(named, "torch", 50.0)]
+    for_triton, for_the_best = report([named], rows).verdicts()
+    assert (for_triton.reached, for_triton.by, for_triton.met) == (4.0, "triton", False)
+    assert (for_the_best.reached, for_the_best.by, for_the_best.met) == (8.0, "cupy_hopper", True)
+
+
+def test_a_bar_on_time_takes_the_shortest_against_the_named_baseline() -> None:
+    layer = attention("layer")
+    own = attention("own", Bar("time_of_dense", 1.22))
+    other = attention("other", Bar("time_of_dense", 0.03, dense="layer"))
+    rows = [
+        timed(own, "triton", 12.0),
+        timed(own, "cupy_hopper", 15.0),
+        timed(other, "triton", 0.3, dense_ms=9.0),
+        Row(layer, DENSE, dense=exactly(12.0), dense_name="dense"),
+    ]
+    first, second = report([own, other], rows).verdicts()
+    assert (first.reached, first.by, first.met) == (pytest.approx(1.2), "triton", True)
+    assert second.reached == pytest.approx(0.3 / 12.0) and second.met
+    (unknown,) = report([other], rows[:-1]).verdicts()
+    assert unknown.reached is None and not unknown.met
+
+
+def test_a_share_of_the_copy_counts_compulsory_bytes() -> None:
+    problem = Problem("gather_columns", rows=128, columns=1000, width=100, density=0.1)
+    item = LabelledProblem("g", problem, bars=(Bar("share_of_copy", 0.8),))
+    # 100 columns read, 100 written, of 200 bytes each, and 100 indices of 4: 40400 bytes at 100 GB/s.
+    (verdict,) = report([item], [timed(item, "cupy", 40400 / 100e6)]).verdicts()
+    assert verdict.reached == pytest.approx(1.0) and verdict.met
+    (slow,) = report([item], [timed(item, "cupy", 40400 / 79e6)]).verdicts()
+    assert slow.reached == pytest.approx(0.79) and not slow.met
+
+
+def test_nothing_faster_than_the_roofline_meets_a_bar() -> None:
+    item = attention("a", Bar("speedup", 5.0))
+    floor_ms = 4 * 1000 * 100 * 100 / 1e12 * 1e3  # at 1 TF/s
+    made = report([item], [timed(item, "triton", floor_ms / 2)])
+    (verdict,) = made.verdicts()
+    assert not verdict.met and verdict.reached is None
+    assert "impossible" in made.text()
+    assert made.floor_share(made.rows[0]) == pytest.approx(2.0)
+
+
+def test_limits_bind_the_worst_kernel() -> None:
+    item = attention("a")
+    rows = [
+        timed(item, "triton", 1.0, extra_mib=3.0, launch_us=80.0),
+        timed(item, "cupy_hopper", 1.0, extra_mib=65.0, launch_us=9.0),
+        timed(item, "torch", 1.0, extra_mib=900.0, launch_us=900.0),
+    ]
+    memory, launch = report([item], rows, extra_mib=64.0, launch_us=15.0).verdicts()
+    assert (memory.reached, memory.met) == (65.0, False) and "cupy_hopper, a" in memory.by
+    assert (launch.reached, launch.met) == (9.0, True)
+
+
+def test_every_reason_is_told_once() -> None:
+    items = [attention("a", Bar("speedup", 2.0)), attention("b")]
+    made = report([], [])
+    lines = [made.add(Row(item, "cupy", "missing", "no cupy here")) for item in items]
+    assert lines == ["a | cupy: missing: no cupy here", ""]
+    made.add(Row(items[0], "triton", "crashed", "SIGSEGV"))
+    made.add(timed(items[1], "torch", 1.0, dense_failed={"FlexAttention": "no compiler"}))
+    text = made.text()
+    assert "cupy: no cupy here (2 problems)" in text and "triton: SIGSEGV (a)" in text
+    assert "FlexAttention left out of the baselines: no compiler (b)" in text
+    assert "crashed" in text  # a row of its own in the table
+    made.items = items
+    (verdict,) = made.verdicts()
+    assert not verdict.met and "triton: SIGSEGV" in verdict.by
+    document = json.loads(json.dumps(made.as_dict()))
+    assert [row["status"] for row in document["rows"]] == ["missing", "missing", "crashed", "ok"]
+
+
+class FakeBuilder:
+    """Answers tasks from a table; `ran` lists what it was asked for."""
+
+    def __init__(self, answers: dict[tuple[str, str], Any], default: Any, ran: list[tuple[str, str]]) -> None:
+        self._answers, self._default, self._ran = answers, default, ran
+
+    def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Any]]:
+        for index, task in enumerate(tasks):
+            key = (task.item.label, task.backend)
+            self._ran.append(key)
+            yield index, self._answers.get(key) or self._default(task)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class World:
+    """Both phases faked: what preparing and measuring answer, and what they were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.checks: dict[tuple[str, str], Any] = {}
+        self.rows: dict[tuple[str, str], Any] = {}
+        self.prepared: list[tuple[str, str]] = []
+        self.measured: list[tuple[str, str]] = []
+        monkeypatch.setattr(run_module, "_builder", self._builder)
+        monkeypatch.setattr(run_module, "why_not", lambda problem, backend, device: None)
+        kernel = registry.kernel("sparse_attention", "torch")
+        monkeypatch.setattr(run_module, "chosen", lambda task: (kernel, kernel.settings()))
+
+    def _builder(self, function: Any, device: torch.device, width: int) -> FakeBuilder:
+        if function is tasks.prepare:
+            return FakeBuilder(self.checks, lambda task: RIGHT, self.prepared)
+        return FakeBuilder(self.rows, lambda task: timed(task.item, task.backend, 1.0), self.measured)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_what_fails_in_preparation_is_a_row_and_is_not_measured(world: World) -> None:
+    item = attention("a")
+    world.checks = {
+        ("a", "cupy_hopper"): Outcome("timeout", "took longer"),
+        ("a", "triton"): Check(2.0, 1.0, "small case, out"),
+    }
+    world.rows = {("a", "cupy"): Outcome("crashed", "SIGSEGV")}
+    rows = {row.backend: row for row in run(Plan([item], registry.BACKENDS, CPU, 100.0))}
+    assert {backend: row.status for backend, row in rows.items()} == {
+        "cupy_hopper": "timeout",
+        "triton": "wrong",
+        "cupy": "crashed",
+        "torch": "ok",
+    }
+    assert "small case, out" in rows["triton"].reason and rows["cupy"].reason == "SIGSEGV"
+    assert world.measured == [("a", "cupy"), ("a", "torch")]
+
+
+def test_a_kernel_is_prepared_once_for_problems_that_compile_alike(world: World) -> None:
+    items = [attention("a"), attention("b", rows=2000, columns=2000), attention("c", width=64)]
+    list(run(Plan(items, ["triton"], CPU, 100.0)))
+    assert world.prepared == [("a", "triton"), ("c", "triton")]
+    assert [label for label, _ in world.measured] == ["a", "b", "c"]
+
+
+def test_on_a_gpu_compiled_baselines_are_prepared_too(world: World) -> None:
+    items = [attention("a"), attention("b", density=0.2), attention("c", rows=2000)]
+    list(run(Plan(items, ["triton"], torch.device("cuda:0"), 100.0)))
+    assert [key for key in world.prepared if key[1] == DENSE] == [("a", DENSE), ("c", DENSE)]
+    world.prepared.clear()
+    list(run(Plan(items, ["triton"], torch.device("cuda:0"), 100.0, compiled=False)))
+    assert all(backend == "triton" for _, backend in world.prepared)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reasons"),
+    [(6.5, ["", "", "--seconds"]), (3.5, ["", "within the seconds", "within the seconds"])],
+)
+def test_when_the_seconds_are_up_the_rest_is_not_reached(
+    world: World, seconds: float, reasons: list[str]
+) -> None:
+    """A clock that a second passes on whenever somebody looks: once at the start, once for the limit, once
+    after each of three preparations, once before each measurement."""
+    now = iter(float(second) for second in range(100))
+    items = [attention(label, width=width) for label, width in (("a", 64), ("b", 128), ("c", 32))]
+    rows = list(run(Plan(items, ["triton"], CPU, seconds), clock=lambda: next(now)))
+    assert [row.item.label for row in rows] == ["a", "b", "c"]
+    for row, reason in zip(rows, reasons, strict=True):
+        assert row.status == ("not reached" if reason else "ok") and reason in row.reason
+    assert len(world.measured) == reasons.count("")
+
+
+@pytest.mark.parametrize("selected", [["layer", "selection"], ["selection"]])
+def test_a_baseline_that_another_bar_counts_on_is_measured_once(world: World, selected: list[str]) -> None:
+    known = [attention("layer"), attention("selection", Bar("time_of_dense", 0.03, dense="layer"))]
+    items = [item for item in known if item.label in selected]
+    list(run(Plan(items, ["triton"], CPU, 100.0, known=known)))
+    assert world.measured.count(("layer", DENSE)) == 1
+
+
+def test_what_is_hopeless_is_left_out() -> None:
+    cuda = torch.device("cuda:0")
+    sizes = {item.label: item.problem for item in load_workload("h200").problems}
+    video, flux = sizes["Hunyuan 118656, 93 % sparse"], sizes["FLUX 4352, 93 % sparse"]
+    assert hopeless(video, "torch", cuda) and not hopeless(flux, "torch", cuda)
+    assert not hopeless(video, "triton", cuda) and not hopeless(video, "torch", CPU)
+    assert hopeless(sizes["Hunyuan selection, 5 % + 1 % random + text"], "torch", cuda)
+
+
+def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = LabelledProblem("means", Problem("group_mean", 300, 8, 8, dtype="float32", group_size=64))
+    right = registry.kernel("group_mean", "torch")
+
+    def spoiled(x: torch.Tensor, group_size: int, settings: Any) -> torch.Tensor:
+        means = right.run(x, group_size, settings)
+        means[:, -1] *= 1.01
+        return means
+
+    wrong = dataclasses.replace(right, run=spoiled)
+    monkeypatch.setattr(tasks, "chosen", lambda task: (wrong, wrong.settings()))
+    task = Task(item, "torch", "cpu", max_seconds=0.05)
+    assert not tasks.prepare(task).ok
+    row = tasks.measure(task)
+    assert row.status == "wrong" and row.time is None and "full size" in row.reason
+    monkeypatch.setattr(tasks, "chosen", lambda task: (right, right.settings()))
+    row = tasks.measure(task)
+    assert row.status == "ok" and row.time is not None and row.speedup is not None and row.dense is not None
+    assert row.speedup.median == pytest.approx(row.dense.median / row.time.median, rel=0.5)
+
+
+def test_costs_are_counted_where_they_can_be() -> None:
+    case = make_case(attention("a", width=64).problem, CPU, 0)
+    kernel = registry.kernel("sparse_attention", "torch")
+    assert extra_mib(case, kernel, kernel.settings()) is None
+    assert launch_us(case, kernel, kernel.settings()) is None
+    for item in load_workload("h200").problems:
+        small = smallest(item.problem)
+        assert (small.heads, small.groups) == (1, 1) and small.columns <= 256
+        assert (small.width, small.group_size) == (item.problem.width, item.problem.group_size)
+
+
+@pytest.mark.gpu
+def test_memory_and_launches_on_a_gpu() -> None:
+    problem = Problem("gather_columns", 4352, 4352, 128, heads=4, density=0.2)
+    case = make_case(problem, "cuda", 0)
+    kernel = registry.kernel("gather_columns", "triton")
+    memory, launch = extra_mib(case, kernel, kernel.settings()), launch_us(case, kernel, kernel.settings())
+    assert memory is not None and 0 <= memory < 1
+    assert launch is not None and 1 < launch < 1000
+    peer = registry.kernel("gather_columns", "torch")
+    more = extra_mib(case, peer, peer.settings())
+    assert more is not None and more > memory
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    full = [sys.executable, "-m", "suites.benchmarks.bars", "--gpu", "cpu", *arguments]
+    return subprocess.run(full, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_small_shapes(tmp_path: Path) -> None:
+    output, profile = tmp_path / "new" / "bars.json", tmp_path / "mine.yaml"
+    entry = {
+        "operation": "gather_columns",
+        "problem": {"rows": 300, "columns": 600, "width": 128, "dtype": "float32"},
+        "backend": "torch",
+        "settings": {},
+    }
+    kernels = [entry, {**entry, "problem": {**entry["problem"], "dtype": "bfloat16"}}]
+    profile.write_text(yaml.safe_dump({"schema": 1, "device": {"kind": "cpu"}, "kernels": kernels}))
+    done = command(
+        "--tiny", "--only", "selection", "--only", "FLUX keys", "--json", "--seconds", "60",
+        "--output", str(output), "--profile", str(profile),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads(output.read_text())
+    rows = {(row["label"], row["backend"]): row for row in document["rows"]}
+    keys = rows["FLUX keys, 16.5 % kept", "torch"]
+    assert keys["status"] == "ok" and keys["correctness"]["error"] == 0.0
+    assert (
+        keys["gbs"] > 0
+        and 0 < keys["share_of_floor"] < 2
+        and keys["dense_baseline"]["name"] == "torch.gather"
+    )
+    assert rows["FLUX keys, 16.5 % kept", "cupy_hopper"]["status"] == "missing"
+    assert rows["Hunyuan 119056, 93 % sparse", "dense"]["dense_baseline"]["median_ms"] > 0
+    assert document["profile"] == {"rung": "explicit path", "path": "mine.yaml"}
+    bars = {bar["label"]: bar for bar in document["bars"]}
+    selection = bars["Hunyuan selection, 5 % + 1 % random + text"]
+    median_ms = rows[selection["label"], "torch"]["time"]["median_ms"]
+    layer_ms = rows["Hunyuan 119056, 93 % sparse", "dense"]["dense_baseline"]["median_ms"]
+    assert selection["reached"] == pytest.approx(median_ms / layer_ms, rel=1e-3)
+    # Every row was said as it came, and nothing else is on stdout.
+    assert "FLUX keys, 16.5 % kept | torch: median" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--tiny"),
+        (["--tiny", "--only", "nothing"], "no problem of h200 has it"),
+        (["--tiny", "--backend", "tritn"], "did you mean 'triton'"),
+        (["--tiny", "--workload", "h20"], "did you mean 'h200'"),
+        (["--tiny", "--profile", "nowhere.yaml"], "no such profile"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--gpu", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(task: Task) -> Row:
+        if len(world.measured) > 2:
+            raise KeyboardInterrupt
+        return timed(task.item, task.backend, 1.0)
+
+    monkeypatch.setattr(
+        world, "_builder", lambda function, device, width: FakeBuilder(
+            {}, interrupted if function is tasks.measure else lambda task: RIGHT, world.measured
+            if function is tasks.measure else world.prepared
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(run_module, "_builder", world._builder)
+    output = tmp_path / "bars.json"
+    code = main(["--gpu", "cpu", "--tiny", "--backend", "torch", "--output", str(output)])
+    assert code == 130
+    assert len(json.loads(output.read_text())["rows"]) == 2
+    assert "interrupted" in capsys.readouterr().err
+
+
+HELP = """
+import sys, runpy
+sys.argv = ["bars", "--help"]
+try:
+    runpy.run_module("suites.benchmarks.bars", run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+assert "torch" not in sys.modules, "--help imported torch"
+"""
+
+
+def test_help_needs_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--tiny" in done.stdout

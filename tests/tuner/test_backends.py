@@ -1,0 +1,139 @@
+"""A search over several backends, CuPy's among them: what each offers, and what becomes of it, end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from chipmunk_kernels import dispatch, registry
+from chipmunk_kernels.profiles import Profile
+from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.settings import choice
+from tests.tuner.fakes import PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_run
+from tuner import sources
+from tuner import space as space_module
+from tuner.session import Session, Settings
+from tuner.space import Space
+from tuner.store import Store
+from tuner.workload import LabelledProblem, load_workload
+
+CUDA = torch.device("cuda:0")
+H200_SHARED_BYTES = 232448
+MOST = 100_000
+"""Candidates of one kernel that a search can still list in a second or two."""
+
+
+@pytest.fixture
+def everything_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU with CuPy: spaces are declared beside kernels, none of which is launched here."""
+    monkeypatch.setattr(space_module, "unavailable_reason", lambda backend, device: None)
+
+
+@pytest.mark.parametrize("suite", ["h200", "flux-dev", "hunyuan-video"])
+def test_every_kernel_offers_a_choice_on_every_problem(suite: str, everything_available: None) -> None:
+    for item in load_workload(suite).problems:
+        space = Space(item.problem, CUDA, H200_SHARED_BYTES)
+        for kernel in space.kernels:
+            own = [c.settings for c in space.candidates.values() if c.kernel is kernel]
+            assert kernel.settings() in own, f"{item.label}: {kernel.backend}'s defaults are not tried"
+            fitting = [s for s in own if s.misfit(item.problem, H200_SHARED_BYTES) is None]
+            least = 1 if kernel.backend == "torch" else 2
+            assert len(fitting) >= least, f"{item.label}: {kernel.backend} has nothing to search"
+            assert len(own) <= MOST, f"{item.label}: {kernel.backend} has {len(own)} candidates"
+
+
+@pytest.mark.parametrize("backend", registry.BACKENDS)
+def test_declared_values_include_the_defaults_and_survive_a_profile(backend: str) -> None:
+    for kernel in registry.kernels(backend).values():
+        default = kernel.settings()
+        for name, values in kernel.settings.space().items():
+            assert getattr(default, name) in values, f"{backend} {kernel.operation}: {name}"
+            assert len(set(values)) == len(values), f"{backend} {kernel.operation}: {name} repeats a value"
+        assert kernel.settings.from_mapping(default.as_dict()) == default
+
+
+@pytest.mark.parametrize("backend", ["cupy", "cupy_hopper"])
+def test_cuda_sources_and_their_headers_are_part_of_a_kernels_identity(backend: str) -> None:
+    for kernel in registry.kernels(backend).values():
+        files = {path.name for path in sources._files(kernel.settings.__module__)}
+        compiled = {source.file for source in sys.modules[kernel.settings.__module__].SOURCES}
+        assert compiled and {"module.py", *compiled} <= files
+        assert backend == "cupy" or "hopper.cuh" in files
+
+
+class NVRTCError(RuntimeError):
+    """Stands for the class of that name in CuPy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperSettings(FakeSettings):
+    """Faster than the others where it compiles."""
+
+    speed: int = choice(3, 3, 1)
+
+
+def run_cuda(x: Tensor, group_size: int, settings: FakeSettings) -> Tensor:
+    """As a kernel that NVRTC compiles when it is first called."""
+    if settings.fault == "compile":
+        log = 'fake.cu does not compile\nfake.cu(7): error: identifier "tile" is undefined\n1 error detected'
+        raise RuntimeError(log) from NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+    return fake_run(x, group_size, settings)
+
+
+FAKES = {
+    "torch": Kernel("group_mean", "torch", fake_run, FakeSettings),
+    "cupy": Kernel("group_mean", "cupy", run_cuda, FakeSettings),
+    "cupy_hopper": Kernel("group_mean", "cupy_hopper", run_cuda, HopperSettings),
+}
+
+
+def fake_kernels(backend: str) -> Mapping[str, Kernel]:
+    return {"group_mean": FAKES[backend]} if backend in FAKES else {}
+
+
+def test_a_search_over_backends_ends_in_a_profile_that_dispatch_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything_available: None
+) -> None:
+    monkeypatch.setattr(registry, "kernels", fake_kernels)
+    monkeypatch.setattr(registry, "unavailable", lambda backend, device: None)
+    item = LabelledProblem("means", PROBLEM)
+    store = Store(tmp_path / "trials.db")
+    session = Session(fake_bench(FakeTimer()), store, None, Settings(budget_s=1e6), Profile.empty())
+    (result,) = session.run((item,))
+    assert result.entry is not None and result.entry.backend == "cupy_hopper"
+    assert result.entry.settings == {"speed": 1, "fault": "none"}
+
+    records = store.records(session.identity(item))
+    assert {record.identity.backend for record in records} == set(FAKES)
+    broken = [
+        r.outcome for r in records if r.identity.backend != "torch" and r.outcome.status == "compile_error"
+    ]
+    # Three speeds that fit for cupy, two for cupy_hopper, each once with a source that does not compile.
+    assert len(broken) == 5
+    assert all('fake.cu(7): error: identifier "tile"' in outcome.reason for outcome in broken)
+    assert all(record.outcome.build_s > 0 for record in records)
+    spent = sum(record.outcome.build_s for record in records)
+    assert result.entry.evidence["search"]["build_s"] == pytest.approx(spent, rel=1e-3)
+
+    profile = Profile(entries=(result.entry,))
+    kernel, settings = dispatch.select(PROBLEM, "cpu", profile=profile)
+    assert kernel.backend == "cupy_hopper" and settings == HopperSettings(speed=1)
+
+
+def test_defaults_are_tried_first_even_where_they_call_themselves_a_misfit(
+    monkeypatch: pytest.MonkeyPatch, everything_available: None
+) -> None:
+    """Dispatch runs them untuned all the same, so that is what a tuned kernel must be faster than."""
+    monkeypatch.setattr(registry, "kernels", fake_kernels)
+    monkeypatch.setattr(HopperSettings, "misfit", lambda self, *rest: "no" if self.speed == 3 else None)
+    space = Space(PROBLEM, torch.device("cpu"))
+    assert [c.kernel.backend for c in list(space.candidates.values())[:3]] == list(FAKES)
+    assert {c.kernel.backend for c in space.defaults()} == set(FAKES)
+    kept = [c.settings for c in space.candidates.values() if c.kernel.backend == "cupy_hopper"]
+    assert [settings for settings in kept if settings.speed == 3] == [HopperSettings()]
