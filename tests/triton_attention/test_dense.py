@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from tests.triton_attention.cases import DEVICE, DTYPES, EXACT, check, fused_qkv
 
 DENSE = DenseAttentionSettings(block_m=64, block_n=32, num_warps=4)
 COLSUM = ColsumAttentionSettings(block_m=64, block_n=32, num_warps=4)
+OVERLAPS = pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "in order"])
 
 
 Length = int | Tensor | None
@@ -68,10 +71,14 @@ def key_length(name: str) -> Length:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(193, 64), (65, 128), (1, 16)])
 @pytest.mark.parametrize("length", ["all", "int32"])
-def test_dense_matches_the_reference(rows: int, width: int, length: str, dtype: torch.dtype) -> None:
+@OVERLAPS
+def test_dense_matches_the_reference(
+    overlap: bool, rows: int, width: int, length: str, dtype: torch.dtype
+) -> None:
     q, k, v = attention_inputs(2, 1, rows, 71, width, dtype=dtype, device=DEVICE, strided=True, seed=rows)
     n = key_length(length)
-    check_dense(run(dense_attention, q, k, v, n, 0.2, DENSE), q, k, v, n, 0.2)
+    settings = replace(DENSE, overlap=overlap)
+    check_dense(run(dense_attention, q, k, v, n, 0.2, settings), q, k, v, n, 0.2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -95,11 +102,15 @@ def test_key_length(length: str) -> None:
     ("rows", "group_size", "width"),
     [(193, 64, 64), (130, 128, 128), (193, 192, 64), (257, 256, 32), (60, 48, 32), (35, 16, 16), (1, 64, 64)],
 )
-def test_colsum_matches_the_reference(rows: int, group_size: int, width: int, dtype: torch.dtype) -> None:
+@OVERLAPS
+def test_colsum_matches_the_reference(
+    overlap: bool, rows: int, group_size: int, width: int, dtype: torch.dtype
+) -> None:
     """Groups of one row tile, of several, and of no whole number of them."""
     q, k, v = attention_inputs(2, 1, rows, 71, width, dtype=dtype, device=DEVICE, strided=True, seed=rows)
     prev = previous_lse(q, k, v, 0.2)
-    got = run(colsum_attention, q, k, v, prev, group_size, None, 0.2, COLSUM)
+    settings = replace(COLSUM, overlap=overlap)
+    got = run(colsum_attention, q, k, v, prev, group_size, None, 0.2, settings)
     check_colsum(got, q, k, v, prev, group_size, None, 0.2)
 
 

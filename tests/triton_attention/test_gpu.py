@@ -26,8 +26,10 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 HALVES = (torch.float16, torch.bfloat16)
-FEW_WARPS = SparseAttentionSettings(num_warps=4)
+FEW_WARPS = SparseAttentionSettings(num_warps=4, overlap=False)
 """The fastest of the first measurements on an H200: 128×64 tiles, 4 warps, 3 stages."""
+WIDE = SparseAttentionSettings(block_n=128, num_stages=3)
+"""All of a Hopper multiprocessor's shared memory for one program."""
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -93,7 +95,9 @@ def test_colsum_over_sizes(group_size: int, width: int, dtype: torch.dtype) -> N
         check_colsum(got, q, k, v, prev, group_size, None, 0.1)
 
 
-@pytest.mark.parametrize("settings", [SparseAttentionSettings(), FEW_WARPS], ids=["default", "4 warps"])
+@pytest.mark.parametrize(
+    "settings", [SparseAttentionSettings(), FEW_WARPS, WIDE], ids=["default", "4 warps", "wide"]
+)
 @pytest.mark.parametrize("rows", [4352, 4480])
 @pytest.mark.parametrize("group_size", [128, 192])
 def test_flux_sized(group_size: int, rows: int, settings: SparseAttentionSettings) -> None:
@@ -109,15 +113,17 @@ def test_flux_sized(group_size: int, rows: int, settings: SparseAttentionSetting
 
 
 SETTINGS = [
-    SparseAttentionSettings(block_m, block_n, warps, stages, registers, peel)
-    for block_m, block_n, warps, stages, registers, peel in (
-        (256, 64, 8, 3, 0, True),
-        (128, 64, 8, 3, 128, True),
-        (128, 64, 4, 2, 0, False),
-        (128, 128, 8, 3, 0, True),
-        (64, 64, 4, 5, 0, True),
-        (64, 32, 4, 3, 128, False),
-        (64, 128, 4, 2, 0, True),
+    SparseAttentionSettings(block_m, block_n, warps, stages, registers, peel, overlap)
+    for block_m, block_n, warps, stages, registers, peel, overlap in (
+        (256, 64, 8, 3, 0, True, False),
+        (256, 32, 8, 4, 0, False, True),
+        (128, 64, 8, 3, 128, True, False),
+        (128, 64, 4, 2, 0, False, False),
+        (128, 128, 8, 3, 0, True, True),
+        (128, 128, 8, 2, 0, False, True),
+        (64, 64, 4, 5, 0, True, True),
+        (64, 32, 4, 3, 128, False, False),
+        (64, 128, 4, 2, 0, True, False),
     )
 ]
 
@@ -129,6 +135,21 @@ def test_sparse_settings(settings: SparseAttentionSettings) -> None:
     columns = scattered_columns(1, 2, 700, 700, 192, device=CUDA)
     got = run(sparse_attention, q, k, v, columns, None, 1, 0.1, settings)
     check_sparse(got, q, k, v, columns, None, 1, 0.1)
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "in order"])
+@pytest.mark.parametrize("operation", ["dense", "colsum"])
+def test_both_orders(operation: str, overlap: bool) -> None:
+    """Products in order and one tile late compute the same thing, over one tile of columns and over many."""
+    for columns in (40, 64, 65, 700):
+        q, k, v = attention_inputs(1, 2, 300, columns, 128, dtype=torch.bfloat16, device=CUDA, seed=columns)
+        if operation == "dense":
+            dense = DenseAttentionSettings(overlap=overlap)
+            check_dense(run(dense_attention, q, k, v, None, 0.1, dense), q, k, v, None, 0.1)
+        else:
+            prev, summing = rounded_lse(q, k, 0.1), ColsumAttentionSettings(overlap=overlap)
+            got = run(colsum_attention, q, k, v, prev, 192, None, 0.1, summing)
+            check_colsum(got, q, k, v, prev, 192, None, 0.1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 37, 64, 65, 321])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,11 +13,18 @@ from tests.factories import attention_inputs, randn, scattered_columns
 from tests.triton_attention.cases import DEVICE, DTYPES, EXACT, check_sparse, fused_qkv, run
 
 SMALL = SparseAttentionSettings(block_m=64, block_n=32, num_warps=4)
-ONE_LOOP = SparseAttentionSettings(block_m=64, block_n=32, num_warps=4, peel_tail=False)
+ONE_LOOP = replace(SMALL, peel_tail=False)
+IN_ORDER = replace(SMALL, overlap=False)
+ONE_LOOP_IN_ORDER = replace(ONE_LOOP, overlap=False)
+EVERY = pytest.mark.parametrize(
+    "settings",
+    [SMALL, ONE_LOOP, IN_ORDER, ONE_LOOP_IN_ORDER],
+    ids=["peeled", "one loop", "peeled, in order", "one loop, in order"],
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", [SMALL, ONE_LOOP], ids=["peeled", "one loop"])
+@EVERY
 @pytest.mark.parametrize(
     ("rows", "group_size", "width"),
     [(193, 64, 64), (130, 128, 128), (193, 192, 64), (259, 256, 32), (60, 48, 32), (35, 16, 16), (1, 64, 64)],
@@ -31,7 +40,7 @@ def test_matches_the_reference(
     check_sparse(got, q, k, v, columns, base, -1, 0.2)
 
 
-@pytest.mark.parametrize("settings", [SMALL, ONE_LOOP], ids=["peeled", "one loop"])
+@EVERY
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 64, 65])
 def test_any_count(count: int, settings: SparseAttentionSettings) -> None:
     """Counts around a tile's edge, without a base: an empty group gives zeros and −∞."""
@@ -44,7 +53,7 @@ def test_any_count(count: int, settings: SparseAttentionSettings) -> None:
         assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
 
 
-@pytest.mark.parametrize("settings", [SMALL, ONE_LOOP], ids=["peeled", "one loop"])
+@EVERY
 def test_reads_kept_columns_only(settings: SparseAttentionSettings) -> None:
     """NaN in every column that no group keeps, which padding slots still point at, stays out."""
     q, k, v = attention_inputs(1, 2, 64, 90, 32, dtype=EXACT, device=DEVICE)

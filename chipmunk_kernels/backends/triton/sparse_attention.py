@@ -107,12 +107,14 @@ def sparse_attention_kernel(
         v_n = k_n
 
     which = pair.to(tl.int64) * groups + group
+    columns = indices + which * capacity
     kept = tl.load(counts + which)
     last = tl.maximum(kept - 1, 0)
     whole = kept // BLOCK_N * BLOCK_N if PEEL_TAIL else kept  # how far the loop goes
-    columns = indices + which * capacity
     # Columns are read one tile early: a gather that waited for its own list would leave one tile in flight.
-    ahead = tl.load(columns + tl.minimum(slots, last), mask=slots < kept * BLOCK_N, other=0)
+    # The first tile's do not wait for the count either; slots past it repeat the first column.
+    first = tl.load(columns, mask=capacity > 0, other=0)
+    ahead = tl.where(slots < kept, tl.load(columns + slots, mask=slots < capacity, other=0), first)
     k += b * k_b + h * k_h + d[None, :]
     v += b * v_b + h * v_h + d[None, :]
     q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)

@@ -1,0 +1,75 @@
+"""What the compiler makes of the overlapped kernels for Hopper, with no GPU.
+
+The kernels' speed rests on the compiler leaving two things in flight: gathers for tiles ahead, and a tile's
+product with its values during the next tile's softmax. A compiler that stops doing so computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
+
+PROGRAM = """
+import importlib, json, sys
+from chipmunk_kernels.backends.triton.resources import _compile, _usage
+operation, block_n, stages, overlap = json.loads(sys.argv[1])
+file = importlib.import_module(f"chipmunk_kernels.backends.triton.{operation}")
+_, kernel, signature, constexprs, warps, _ = file.COMPILE_CASES[0]
+constexprs = constexprs | {"BLOCK_N": block_n, "OVERLAP": overlap}
+binary = _compile(kernel, signature, constexprs, 90, warps, stages)
+registers, stack = _usage(binary.asm["cubin"])
+print(json.dumps([binary.asm["ttgir"], registers, stack, binary.metadata.shared]))
+"""
+
+
+def compiled(operation: str, block_n: int, stages: int, overlap: bool) -> tuple[str, int, int, int]:
+    """The main loop in Triton's GPU dialect, and registers, stack and shared bytes, for sm_90."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, json.dumps([operation, block_n, stages, overlap])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    assert done.returncode == 0, done.stderr
+    text, registers, stack, shared = json.loads(done.stdout)
+    loops = re.findall(r"scf\.for (?:(?!scf\.for ).)*?scf\.yield[^\n]*", text, re.DOTALL)
+    main = [loop for loop in loops if loop.count("ttng.warp_group_dot ") == 2]
+    assert len(main) == 1, f"{len(main)} loops with two products"
+    return main[0], registers, stack, shared
+
+
+@pytest.mark.parametrize(
+    ("operation", "block_n", "stages"),
+    [
+        ("sparse_attention", 64, 3),
+        ("sparse_attention", 128, 2),
+        ("sparse_attention", 128, 3),
+        ("dense_attention", 128, 2),
+        ("dense_attention", 128, 3),
+        ("colsum_attention", 64, 3),
+    ],
+)
+def test_what_is_in_flight(operation: str, block_n: int, stages: int) -> None:
+    loop, registers, stack, shared = compiled(operation, block_n, stages, True)
+    assert stack == 0, f"{stack} bytes spill beside {registers} registers"
+    assert shared <= 227 * 1024
+    # The logits are waited for, the product with the values is not: softmax comes between it and the end.
+    product = loop.rindex("ttng.warp_group_dot ")
+    assert loop.count("ttng.warp_group_dot_wait") == 1 and loop.index("ttng.warp_group_dot_wait") < product
+    assert product < loop.index("math.exp2", product)
+    # Keys and values of (stages − 2) tiles may be on their way while one is worked on.
+    pending = re.findall(r"ttg\.async_wait .*?num = (\d+)", loop)
+    assert pending == [str(2 * (stages - 2))], pending
+    assert loop.count("ttg.async_copy_global_to_local") == 2
+
+
+def test_in_order_waits_for_nothing_but_its_own() -> None:
+    """Without overlap the product comes last, and the gathers still run ahead."""
+    loop, _, stack, _ = compiled("sparse_attention", 64, 3, False)
+    assert stack == 0
+    assert loop.rindex("math.exp2") < loop.rindex("ttng.warp_group_dot ")
+    assert re.findall(r"ttg\.async_wait .*?num = (\d+)", loop) == ["2"]
