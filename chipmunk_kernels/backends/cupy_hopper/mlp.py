@@ -85,7 +85,7 @@ def shared_bytes(settings: SparseMlpSettings) -> int:
 def source(
     dtype: torch.dtype, float_output: bool, settings: SparseMlpSettings, timeline: bool = False
 ) -> Source:
-    """mlp.cu for an element type, the output cache's, and tiles; `timeline` adds records after the counters."""
+    """mlp.cu for an element type, the output cache's, and tiles; `timeline`: record after the counters."""
     return Source(
         "mlp.cu",
         (
@@ -213,8 +213,9 @@ def sparse_mlp(
         activation_cache, output_cache, packed, counters,
         rows, groups, capacity, group_size, tokens, width, width_out,
         x.stride(0), x.stride(1), w1.stride(0), w2_by_neuron.stride(0),
-        activation_cache.stride(0), activation_cache.stride(1), output_cache.stride(0), output_cache.stride(1),
-        int(_in_chunks(activation_cache) and group_size % ALIGNED_ELEMENTS == 0), int(_in_chunks(output_cache)),
+        *activation_cache.stride()[:2], *output_cache.stride()[:2],
+        int(_in_chunks(activation_cache) and group_size % ALIGNED_ELEMENTS == 0),
+        int(_in_chunks(output_cache)),
         settings.band, plan.lead, plan.ring,
         shared_bytes=plan.shared_bytes,
     )  # fmt: skip
