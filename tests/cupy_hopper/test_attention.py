@@ -70,7 +70,7 @@ def test_equals_the_reference(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ragged rows and counts, an empty group and a full one; fewer blocks than tiles, threads in any order."""
+    """Ragged rows and counts, an empty group, a full one; fewer blocks than tiles, threads in any order."""
     batch, heads, rows, keys, group_size = shape
     install(monkeypatch, folder, blocks=3, seed=int(strided))
     q, k, v = attention_inputs(batch, heads, rows, keys, width, dtype=dtype, strided=strided)

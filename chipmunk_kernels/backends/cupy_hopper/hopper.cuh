@@ -1,11 +1,12 @@
 // Hopper's instructions, as the kernels beside this file use them: barriers, asynchronous copies, wgmma.
 //
-// The macro BF16 says what the 16-bit elements are: 1 bfloat16, 0 float16. Shared addresses are 32-bit numbers of
-// the shared window (`shared_address`). Sources: PTX ISA 8.x, "Asynchronous warpgroup level matrix instructions"
-// and "mbarrier"; the layouts of matrices in shared memory are in the comments where descriptors are made.
+// The macro BF16 says what the 16-bit elements are: 1 bfloat16, 0 float16. Shared addresses are 32-bit
+// numbers of the shared window (`shared_address`). Sources: PTX ISA 8.x, "Asynchronous warpgroup level matrix
+// instructions" and "mbarrier"; the layouts of matrices in shared memory are in the comments where
+// descriptors are made.
 //
-// Two proxies reach shared memory. Ordinary loads and stores, stmatrix and cp.async (16 bytes a thread) use the
-// generic one; wgmma and bulk copies the async one. What one proxy wrote, the other may read only after
+// Two proxies reach shared memory. Ordinary loads and stores, stmatrix and cp.async (16 bytes a thread) use
+// the generic one; wgmma and bulk copies the async one. What one proxy wrote, the other may read only after
 // `fence_async_proxy` in the thread that wrote it (or in one that has synchronised with it).
 
 #if BF16
@@ -23,7 +24,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- Barriers ------------------------------------------------------------------------------------------------
+// ---- Barriers ----------------------------------------------------------------------
 // An mbarrier's phase completes when all arrivals and all expected bytes are in. A barrier starts in phase 0;
 // `wait(b, parity)` returns once the phase of that parity has completed, so waiting for parity 1 on a new
 // barrier returns at once: producers start with 1 ("empty"), consumers with 0 ("full").
@@ -32,7 +33,8 @@ __device__ __forceinline__ void barrier_init(unsigned barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the async proxy and to other blocks of the cluster; then __syncthreads.
+// Makes initialised barriers visible to the async proxy and to other blocks of the cluster; then
+// __syncthreads.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -43,7 +45,8 @@ __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
 
 // Arrives, and makes the phase wait for `bytes` of bulk copies besides.
 __device__ __forceinline__ void barrier_arrive_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ bool barrier_try_wait(unsigned barrier, int parity) {
@@ -58,7 +61,8 @@ __device__ __forceinline__ bool barrier_try_wait(unsigned barrier, int parity) {
     return done;
 }
 
-// WATCHDOG is for trying out a new pipeline: a phase that never completes becomes an error, not a hung device.
+// WATCHDOG is for trying out a new pipeline: a phase that never completes becomes an error, not a hung
+// device.
 __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
 #ifdef WATCHDOG
     for (int tries = 0; !barrier_try_wait(barrier, parity); ++tries)
@@ -69,8 +73,8 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
 #endif
 }
 
-// Named barriers (1 to 15; 0 is __syncthreads) between `threads` threads, a multiple of a warp. `named_arrive`
-// counts the caller and goes on, `named_sync` counts it and waits.
+// Named barriers (1 to 15; 0 is __syncthreads) between `threads` threads, a multiple of a warp.
+// `named_arrive` counts the caller and goes on, `named_sync` counts it and waits.
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -111,14 +115,15 @@ __device__ __forceinline__ void give_registers() {
 // One lane of a converged warp.
 __device__ __forceinline__ bool elected() {
     int chosen;
-    asm volatile(
-        "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.s32 %0, 1, 0, p;\n}" : "=r"(chosen)::"memory");
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.s32 %0, 1, 0, p;\n}"
+                 : "=r"(chosen)::"memory");
     return chosen;
 }
 
-// ---- Global memory -------------------------------------------------------------------------------------------
+// ---- Global memory ----------------------------------------------------------------------
 
-// Between blocks: what came before an `add_release` of one block is visible after a `load_acquire` that sees it.
+// Between blocks: what came before an `add_release` of one block is visible after a `load_acquire` that sees
+// it.
 __device__ __forceinline__ int load_acquire(const int* counter) {
     int value;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
@@ -166,7 +171,7 @@ __device__ __forceinline__ int block_number() {
     return number;
 }
 
-// ---- Plain loads and stores ----------------------------------------------------------------------------------
+// ---- Plain loads and stores ----------------------------------------------------------------------
 
 __device__ __forceinline__ float load_shared_float(unsigned address) {
     float value;
@@ -187,7 +192,7 @@ __device__ __forceinline__ void store_streaming(float* target, float value) {
     asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
 }
 
-// ---- Copies --------------------------------------------------------------------------------------------------
+// ---- Copies ----------------------------------------------------------------------
 
 // 16 bytes, asynchronously, past L1. Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_16(unsigned target, const void* source) {
@@ -201,8 +206,8 @@ __device__ __forceinline__ void copy_16_prefetch_128(unsigned target, const void
 
 // The first `bytes` (0 to 16) of 16, zeros after them.
 __device__ __forceinline__ void copy_16_or_zeros(unsigned target, const void* source, int bytes) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+                 : "memory");
 }
 
 // Arrives on the barrier once all earlier cp.async of this thread have landed. Counts as one of the arrivals
@@ -221,14 +226,16 @@ __device__ __forceinline__ void copies_wait() {
 
 // Bulk copies: one thread moves `bytes` (a multiple of 16, both addresses too) in the async proxy.
 __device__ __forceinline__ void bulk_load(unsigned target, const void* source, int bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     target),
-                 "l"(source), "r"(bytes), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            target),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 __device__ __forceinline__ void bulk_store(void* target, unsigned source, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source), "r"(bytes)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(source),
+                 "r"(bytes)
                  : "memory");
 }
 
@@ -254,10 +261,11 @@ __device__ __forceinline__ void bulk_wait() {
 }
 
 // Boxes of a tensor map (64-byte aligned, encoded by the host); coordinates fastest dimension first.
-__device__ __forceinline__ void tensor_load_2d(unsigned target, const void* map, unsigned barrier, int x, int y) {
+__device__ __forceinline__ void tensor_load_2d(
+    unsigned target, const void* map, unsigned barrier, int x, int y) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-            "r"(target),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(target),
         "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
@@ -265,7 +273,8 @@ __device__ __forceinline__ void tensor_load_2d(unsigned target, const void* map,
 __device__ __forceinline__ void tensor_load_3d(
     unsigned target, const void* map, unsigned barrier, int x, int y, int z) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+        "%5}], "
         "[%2];" ::"r"(target),
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
         : "memory");
@@ -280,20 +289,22 @@ __device__ __forceinline__ void tensor_load_4d(
         : "memory");
 }
 
-__device__ __forceinline__ void tensor_store_4d(const void* map, unsigned source, int x, int y, int z, int w) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-                 "r"(source), "r"(x), "r"(y), "r"(z), "r"(w)
-                 : "memory");
+__device__ __forceinline__ void tensor_store_4d(
+    const void* map, unsigned source, int x, int y, int z, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(source), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
 }
 
 __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- Matrices in shared memory ------------------------------------------------------------------------------
-// All tiles here are stacks of rows of 64 elements = 128 bytes, swizzled: the 16-byte chunk c of row r lies in
-// the place of chunk c ^ (r % 8). Eight rows make an atom of 1024 bytes, to which every tile is aligned; wider
-// matrices are several tiles side by side, each `rows * 128` bytes after the one before.
+// ---- Matrices in shared memory ----------------------------------------------------------------------
+// All tiles here are stacks of rows of 64 elements = 128 bytes, swizzled: the 16-byte chunk c of row r lies
+// in the place of chunk c ^ (r % 8). Eight rows make an atom of 1024 bytes, to which every tile is aligned;
+// wider matrices are several tiles side by side, each `rows * 128` bytes after the one before.
 
 constexpr int TILE_WIDTH = 64;
 constexpr int ROW_BYTES = 128;
@@ -308,16 +319,19 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 __device__ __forceinline__ Descriptor descriptor(unsigned address, int leading_bytes, int stride_bytes) {
     constexpr Descriptor SWIZZLE_128 = 1ull << 62;
     return SWIZZLE_128 | static_cast<Descriptor>((address & 0x3ffff) >> 4) |
-           static_cast<Descriptor>(leading_bytes >> 4) << 16 | static_cast<Descriptor>(stride_bytes >> 4) << 32;
+           static_cast<Descriptor>(leading_bytes >> 4) << 16 |
+           static_cast<Descriptor>(stride_bytes >> 4) << 32;
 }
 
-// Rows are the matrix's M or N, the 64 elements of a row its K. The next 16 of K are `K_STEP` further on within a
-// tile; after four of those comes the next tile, `tile bytes >> 4` from the first.
-__device__ __forceinline__ Descriptor k_major(unsigned address) { return descriptor(address, 16, ATOM_BYTES); }
+// Rows are the matrix's M or N, the 64 elements of a row its K. The next 16 of K are `K_STEP` further on
+// within a tile; after four of those comes the next tile, `tile bytes >> 4` from the first.
+__device__ __forceinline__ Descriptor k_major(unsigned address) {
+    return descriptor(address, 16, ATOM_BYTES);
+}
 constexpr Descriptor K_STEP = 16 * 2 >> 4;
 
-// Rows are the matrix's K, the 64 elements of a row its M or N (the transpose bit of wgmma says so); more than 64
-// of those continue in the next tile, `tile_bytes` away. The next 16 of K are `MN_STEP` further on.
+// Rows are the matrix's K, the 64 elements of a row its M or N (the transpose bit of wgmma says so); more
+// than 64 of those continue in the next tile, `tile_bytes` away. The next 16 of K are `MN_STEP` further on.
 __device__ __forceinline__ Descriptor mn_major(unsigned address, int tile_bytes) {
     return descriptor(address, tile_bytes, ATOM_BYTES);
 }
@@ -329,20 +343,20 @@ __device__ __forceinline__ Descriptor further(Descriptor from, int bytes) {
     return (from & 0xffffffff00000000ull) | low;
 }
 
-// Four 8x8 matrices of 16-bit elements, one row address a lane, fragments as the accumulators of wgmma are spread.
-__device__ __forceinline__ void store_matrix_4(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-        "r"(d)
-        : "memory");
+// Four 8x8 matrices of 16-bit elements, one row address a lane, fragments as the accumulators of wgmma are
+// spread.
+__device__ __forceinline__ void store_matrix_4(
+    unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
 }
 
 __device__ __forceinline__ void store_matrix_4_transposed(
     unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-        "r"(c), "r"(d)
-        : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
 }
 
 __device__ __forceinline__ void load_matrix_4(unsigned address, unsigned (&fragments)[4]) {
@@ -359,15 +373,18 @@ __device__ __forceinline__ void load_matrix_4_transposed(unsigned address, unsig
                  : "memory");
 }
 
-// ---- Products ------------------------------------------------------------------------------------------------
+// ---- Products ----------------------------------------------------------------------
 // Accumulators of a warpgroup's 64 x N product: warp w of it has rows 16w to 16w + 15; in that, lane l has in
-// d[4j + i] row l / 4 + 8 (i / 2), column 8j + 2 (l % 4) + i % 2. An A operand in registers is four words of two
-// elements each, in the order of those i: accumulators d[8s .. 8s + 7], packed in pairs, are the A of step s.
+// d[4j + i] row l / 4 + 8 (i / 2), column 8j + 2 (l % 4) + i % 2. An A operand in registers is four words of
+// two elements each, in the order of those i: accumulators d[8s .. 8s + 7], packed in pairs, are the A of
+// step s.
 
 // Before the first product that reads registers or accumulators which ordinary code wrote.
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 // Waits until at most `PENDING` committed groups of products are unfinished.
 template <int PENDING>
@@ -403,25 +420,70 @@ template <int N>
 struct Product;
 
 #define ACCUMULATORS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define ACCUMULATORS_16 ACCUMULATORS_8 ", " "%8, %9, %10, %11, %12, %13, %14, %15"
-#define ACCUMULATORS_24 ACCUMULATORS_16 ", " "%16, %17, %18, %19, %20, %21, %22, %23"
-#define ACCUMULATORS_32 ACCUMULATORS_24 ", " "%24, %25, %26, %27, %28, %29, %30, %31"
-#define ACCUMULATORS_40 ACCUMULATORS_32 ", " "%32, %33, %34, %35, %36, %37, %38, %39"
-#define ACCUMULATORS_48 ACCUMULATORS_40 ", " "%40, %41, %42, %43, %44, %45, %46, %47"
-#define ACCUMULATORS_56 ACCUMULATORS_48 ", " "%48, %49, %50, %51, %52, %53, %54, %55"
-#define ACCUMULATORS_64 ACCUMULATORS_56 ", " "%56, %57, %58, %59, %60, %61, %62, %63"
-#define ACCUMULATORS_72 ACCUMULATORS_64 ", " "%64, %65, %66, %67, %68, %69, %70, %71"
-#define ACCUMULATORS_80 ACCUMULATORS_72 ", " "%72, %73, %74, %75, %76, %77, %78, %79"
-#define ACCUMULATORS_88 ACCUMULATORS_80 ", " "%80, %81, %82, %83, %84, %85, %86, %87"
-#define ACCUMULATORS_96 ACCUMULATORS_88 ", " "%88, %89, %90, %91, %92, %93, %94, %95"
-#define ACCUMULATORS_104 ACCUMULATORS_96 ", " "%96, %97, %98, %99, %100, %101, %102, %103"
-#define ACCUMULATORS_112 ACCUMULATORS_104 ", " "%104, %105, %106, %107, %108, %109, %110, %111"
-#define ACCUMULATORS_120 ACCUMULATORS_112 ", " "%112, %113, %114, %115, %116, %117, %118, %119"
-#define ACCUMULATORS_128 ACCUMULATORS_120 ", " "%120, %121, %122, %123, %124, %125, %126, %127"
+#define ACCUMULATORS_16 \
+    ACCUMULATORS_8      \
+        ", "            \
+        "%8, %9, %10, %11, %12, %13, %14, %15"
+#define ACCUMULATORS_24 \
+    ACCUMULATORS_16     \
+        ", "            \
+        "%16, %17, %18, %19, %20, %21, %22, %23"
+#define ACCUMULATORS_32 \
+    ACCUMULATORS_24     \
+        ", "            \
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+#define ACCUMULATORS_40 \
+    ACCUMULATORS_32     \
+        ", "            \
+        "%32, %33, %34, %35, %36, %37, %38, %39"
+#define ACCUMULATORS_48 \
+    ACCUMULATORS_40     \
+        ", "            \
+        "%40, %41, %42, %43, %44, %45, %46, %47"
+#define ACCUMULATORS_56 \
+    ACCUMULATORS_48     \
+        ", "            \
+        "%48, %49, %50, %51, %52, %53, %54, %55"
+#define ACCUMULATORS_64 \
+    ACCUMULATORS_56     \
+        ", "            \
+        "%56, %57, %58, %59, %60, %61, %62, %63"
+#define ACCUMULATORS_72 \
+    ACCUMULATORS_64     \
+        ", "            \
+        "%64, %65, %66, %67, %68, %69, %70, %71"
+#define ACCUMULATORS_80 \
+    ACCUMULATORS_72     \
+        ", "            \
+        "%72, %73, %74, %75, %76, %77, %78, %79"
+#define ACCUMULATORS_88 \
+    ACCUMULATORS_80     \
+        ", "            \
+        "%80, %81, %82, %83, %84, %85, %86, %87"
+#define ACCUMULATORS_96 \
+    ACCUMULATORS_88     \
+        ", "            \
+        "%88, %89, %90, %91, %92, %93, %94, %95"
+#define ACCUMULATORS_104 \
+    ACCUMULATORS_96      \
+        ", "             \
+        "%96, %97, %98, %99, %100, %101, %102, %103"
+#define ACCUMULATORS_112 \
+    ACCUMULATORS_104     \
+        ", "             \
+        "%104, %105, %106, %107, %108, %109, %110, %111"
+#define ACCUMULATORS_120 \
+    ACCUMULATORS_112     \
+        ", "             \
+        "%112, %113, %114, %115, %116, %117, %118, %119"
+#define ACCUMULATORS_128 \
+    ACCUMULATORS_120     \
+        ", "             \
+        "%120, %121, %122, %123, %124, %125, %126, %127"
 
-#define EIGHT(d, i)                                                                                             \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
+#define EIGHT(d, i)                                                                             \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
 #define OPERANDS_8(d) EIGHT(d, 0)
 #define OPERANDS_16(d) OPERANDS_8(d), EIGHT(d, 8)
 #define OPERANDS_24(d) OPERANDS_16(d), EIGHT(d, 16)
@@ -440,29 +502,31 @@ struct Product;
 #define OPERANDS_128(d) OPERANDS_120(d), EIGHT(d, 120)
 
 // Operands are numbered through, so that those after the COUNT accumulators are I0 to I6.
-#define WGMMA(WIDTH, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                         \
-    template <>                                                                                                 \
-    struct Product<WIDTH> {                                                                                     \
-        template <int TRANSPOSED_A, int TRANSPOSED_B>                                                           \
-        static __device__ __forceinline__ void shared(                                                          \
-            float (&d)[COUNT], Descriptor a, Descriptor b, int accumulate) {                                    \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                      \
-                         "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." ELEMENT "." ELEMENT              \
-                         " {" ACCUMULATORS_##COUNT "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"     \
-                         : OPERANDS_##COUNT(d)                                                                  \
-                         : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_A), "n"(TRANSPOSED_B));              \
-        }                                                                                                       \
-        template <int TRANSPOSED_B>                                                                             \
-        static __device__ __forceinline__ void registers(                                                       \
-            float (&d)[COUNT], unsigned a0, unsigned a1, unsigned a2, unsigned a3, Descriptor b,                \
-            int accumulate) {                                                                                   \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                      \
-                         "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." ELEMENT "." ELEMENT              \
-                         " {" ACCUMULATORS_##COUNT "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4         \
-                         ", p, 1, 1, %" #I6 ";\n}"                                                              \
-                         : OPERANDS_##COUNT(d)                                                                  \
-                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B));     \
-        }                                                                                                       \
+#define WGMMA(WIDTH, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                     \
+    template <>                                                                                             \
+    struct Product<WIDTH> {                                                                                 \
+        template <int TRANSPOSED_A, int TRANSPOSED_B>                                                       \
+        static __device__ __forceinline__ void shared(                                                      \
+            float (&d)[COUNT], Descriptor a, Descriptor b, int accumulate) {                                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                           \
+                         ", 0;\n"                                                                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." ELEMENT "." ELEMENT          \
+                         " {" ACCUMULATORS_##COUNT "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}" \
+                         : OPERANDS_##COUNT(d)                                                              \
+                         : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED_A), "n"(TRANSPOSED_B));          \
+        }                                                                                                   \
+        template <int TRANSPOSED_B>                                                                         \
+        static __device__ __forceinline__ void registers(                                                   \
+            float (&d)[COUNT], unsigned a0, unsigned a1, unsigned a2, unsigned a3, Descriptor b,            \
+            int accumulate) {                                                                               \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                           \
+                         ", 0;\n"                                                                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." ELEMENT "." ELEMENT          \
+                         " {" ACCUMULATORS_##COUNT "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4     \
+                                                   ", p, 1, 1, %" #I6 ";\n}"                                \
+                         : OPERANDS_##COUNT(d)                                                              \
+                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(TRANSPOSED_B)); \
+        }                                                                                                   \
     };
 WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14)
 WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
@@ -481,8 +545,8 @@ WGMMA(224, 112, 112, 113, 114, 115, 116, 117, 118)
 WGMMA(240, 120, 120, 121, 122, 123, 124, 125, 126)
 WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
-// d (64 x N) = A Bᵀ or, with `accumulate`, d += A Bᵀ, over 16 of K; A and B in shared memory. A transposed operand
-// is `mn_major`, the other kind `k_major`.
+// d (64 x N) = A Bᵀ or, with `accumulate`, d += A Bᵀ, over 16 of K; A and B in shared memory. A transposed
+// operand is `mn_major`, the other kind `k_major`.
 template <int TRANSPOSED_A, int TRANSPOSED_B, int COUNT>
 __device__ __forceinline__ void multiply(float (&d)[COUNT], Descriptor a, Descriptor b, int accumulate) {
     Product<2 * COUNT>::template shared<TRANSPOSED_A, TRANSPOSED_B>(d, a, b, accumulate);
@@ -495,7 +559,7 @@ __device__ __forceinline__ void multiply(
     Product<2 * COUNT>::template registers<TRANSPOSED_B>(d, a0, a1, a2, a3, b, accumulate);
 }
 
-// ---- Elements ------------------------------------------------------------------------------------------------
+// ---- Elements ----------------------------------------------------------------------
 
 // Two floats as two elements, `low` at the lower address.
 __device__ __forceinline__ unsigned pack(float low, float high) {

@@ -1,14 +1,14 @@
 // Column-sparse attention on Hopper: each group of queries attends to its own scattered columns only.
 //
-// One warpgroup fetches, CONSUMERS others compute. The fetching one gathers BLOCK_COLUMNS rows of k and of v at a
-// time, 16 bytes a thread, into swizzled tiles that wgmma reads; each computing one owns 64 queries, whose logits,
-// weights and output stay in its registers (the structure of FlashAttention-3, arXiv 2407.08608). TMA cannot gather
-// rows on this architecture, and a bulk copy cannot swizzle them, so cp.async it is: one shuffle, one multiply-add
-// and one copy for every 512 bytes.
+// One warpgroup fetches, CONSUMERS others compute. The fetching one gathers BLOCK_COLUMNS rows of k and of v
+// at a time, 16 bytes a thread, into swizzled tiles that wgmma reads; each computing one owns 64 queries,
+// whose logits, weights and output stay in its registers (the structure of FlashAttention-3, arXiv
+// 2407.08608). TMA cannot gather rows on this architecture, and a bulk copy cannot swizzle them, so cp.async
+// it is: one shuffle, one multiply-add and one copy for every 512 bytes.
 //
-// Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's keys
-// and values in the L2 cache. The fetching warpgroup runs ahead into the next row tile, so its first loads hide
-// behind the last products and the epilogue of the one before.
+// Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's
+// keys and values in the L2 cache. The fetching warpgroup runs ahead into the next row tile, so its first
+// loads hide behind the last products and the epilogue of the one before.
 //
 // Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
 // BLOCKS (that share a multiprocessor).
@@ -26,8 +26,8 @@ constexpr int STEP_BYTES = STEP * 2;
 constexpr int CHUNKS = WIDTH / 8;
 constexpr int ROWS_AT_ONCE = WARPGROUP / CHUNKS;
 constexpr int PASSES = BLOCK_COLUMNS / ROWS_AT_ONCE;
-constexpr int AHEAD = 4;
-constexpr int ENTRIES = (PASSES + CHUNKS - 1) / CHUNKS;  // of the list, that it reads for its row's neighbours
+constexpr int AHEAD = 4;                                 // addresses made before their copies
+constexpr int ENTRIES = (PASSES + CHUNKS - 1) / CHUNKS;  // of the list, read for its row's neighbours
 
 constexpr int COLUMN_TILE_BYTES = BLOCK_COLUMNS * ROW_BYTES;
 constexpr int STAGE_BYTES = HALVES * COLUMN_TILE_BYTES;
@@ -44,8 +44,9 @@ constexpr int COMPUTE_REGISTERS = COMPUTE_REGISTERS_WANTED > 240 ? 240 : COMPUTE
 constexpr bool SHARE_REGISTERS = COMPUTE_REGISTERS > LAUNCH_REGISTERS;
 
 constexpr float LN2 = 0.6931471805599453f;
-// The output is rescaled only when a row's maximum has grown by more than this, in powers of 2: the weights are
-// relative to a maximum up to that much too small, which float32 sums and 16-bit weights bear without loss.
+// The output is rescaled only when a row's maximum has grown by more than this, in powers of 2: the weights
+// are relative to a maximum up to that much too small, which float32 sums and 16-bit weights bear without
+// loss.
 constexpr float SLACK = 8.0f;
 
 struct Shape {
@@ -115,9 +116,10 @@ struct Shared {
     }
 };
 
-// ---- Fetching ------------------------------------------------------------------------------------------------
+// ---- Fetching ----------------------------------------------------------------------
 
-// A list's columns in tiles: the first is the one that may be partly filled, so that all later ones need no mask.
+// A list's columns in tiles: the first is the one that may be partly filled, so that all later ones need no
+// mask.
 struct Columns {
     const int* list;
     int count, tiles, head;  // head: columns of the first tile
@@ -128,8 +130,8 @@ struct Columns {
           tiles((count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS),
           head(count - (tiles - 1) * BLOCK_COLUMNS) {}
 
-    // Entries of tile `tile` for the rows that this thread's neighbours fetch; a slot past the tile repeats its
-    // last column, whose weight is masked.
+    // Entries of tile `tile` for the rows that this thread's neighbours fetch; a slot past the tile repeats
+    // its last column, whose weight is masked.
     __device__ __forceinline__ void read(int (&column)[ENTRIES], int tile, int chunk, int row) const {
         int start = tile == 0 ? 0 : head + (tile - 1) * BLOCK_COLUMNS;
         int last = tile == 0 ? head - 1 : count - 1;
@@ -141,8 +143,8 @@ struct Columns {
     }
 };
 
-// One tile of keys or values. `table` and `target` point at this thread's chunk of the first row. Addresses are
-// made a few ahead of their copies, since each takes a shuffle's time.
+// One tile of keys or values. `table` and `target` point at this thread's chunk of the first row. Addresses
+// are made a few ahead of their copies, since each takes a shuffle's time.
 __device__ __forceinline__ void gather(
     unsigned target, const char* table, int stride, const int (&column)[ENTRIES], unsigned barrier) {
 #pragma unroll
@@ -161,8 +163,8 @@ __device__ __forceinline__ void gather(
     barrier_arrive_after_copies(barrier);
 }
 
-// The query rows of a tile; those past the limit repeat the last, their results are not stored. Once a row tile, so
-// rolled up: unrolled, its addresses would take the registers of the gathers around it.
+// The query rows of a tile; those past the limit repeat the last, their results are not stored. Once a row
+// tile, so rolled up: unrolled, its addresses would take the registers of the gathers around it.
 __device__ __forceinline__ void fetch_queries(
     unsigned target, const char* q, int stride, int row, int last, unsigned barrier) {
 #pragma unroll 1
@@ -214,21 +216,24 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
             if (more) {
                 if (t + 1 < columns.tiles) columns.read(upcoming, t + 1, chunk, row);
                 barrier_wait(shared.keys_empty(keys.stage), keys.parity ^ 1);
-                gather(shared.keys + keys.stage * STAGE_BYTES + target, k, in.k_n, current,
-                       shared.keys_full(keys.stage));
+                gather(
+                    shared.keys + keys.stage * STAGE_BYTES + target, k, in.k_n, current,
+                    shared.keys_full(keys.stage));
                 keys.advance();
             } else if (following.count > 0) {
                 following.read(upcoming, 0, chunk, row);
             }
             if (t > 0) {
                 barrier_wait(shared.values_empty(values.stage), values.parity ^ 1);
-                gather(shared.values + values.stage * STAGE_BYTES + target, v, in.v_n, held,
-                       shared.values_full(values.stage));
+                gather(
+                    shared.values + values.stage * STAGE_BYTES + target, v, in.v_n, held,
+                    shared.values_full(values.stage));
                 values.advance();
             } else if (more) {
                 barrier_wait(shared.queries_empty(), queries_parity ^ 1);
                 const char* q = in.q + place.b * in.q_b + place.h * in.q_h + chunk * 16;
-                fetch_queries(query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
+                fetch_queries(
+                    query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
                 queries_parity ^= 1;
             }
         }
@@ -239,7 +244,7 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
     copies_wait<0>();  // the block's shared memory outlives the copies into it
 }
 
-// ---- Computing -----------------------------------------------------------------------------------------------
+// ---- Computing ----------------------------------------------------------------------
 
 typedef float Logits[BLOCK_COLUMNS / 2];
 typedef unsigned Weights[BLOCK_COLUMNS / 4];
@@ -260,8 +265,8 @@ __device__ __forceinline__ float over_columns(float x, bool maximum) {
     return x;
 }
 
-// Logits become weights. FIRST: there was no tile before, and only the first `live` columns of this one count; the
-// others repeat the last of those, so that they leave the maximum as it is.
+// Logits become weights. FIRST: there was no tile before, and only the first `live` columns of this one
+// count; the others repeat the last of those, so that they leave the maximum as it is.
 template <bool FIRST>
 __device__ __forceinline__ void weigh(Logits& s, Softmax& state, float scale, int live) {
     float maximum[2], offset[2];
@@ -318,8 +323,8 @@ __device__ __forceinline__ void pack_weights(Weights& p, const Logits& s) {
     pin(p);  // all packed before the products begin, not between them
 }
 
-// The branch also keeps the assembler from moving the wait that follows it up before the softmax, which is to run
-// beside the values' product.
+// The branch also keeps the assembler from moving the wait that follows it up before the softmax, which is to
+// run beside the values' product.
 __device__ __forceinline__ void rescale_output(Output& o, const Softmax& state) {
     if (state.moved) {
         products_wait<0>();
@@ -345,7 +350,8 @@ __device__ __forceinline__ void multiply_keys(Logits& s, Descriptor queries, Des
 __device__ __forceinline__ void multiply_values(Output& o, const Weights& p, Descriptor values) {
 #pragma unroll
     for (int k = 0; k < BLOCK_COLUMNS / STEP; ++k)
-        multiply<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], further(values, k * STEP * ROW_BYTES), 1);
+        multiply<1>(
+            o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], further(values, k * STEP * ROW_BYTES), 1);
     products_commit();
 }
 
@@ -357,8 +363,9 @@ struct Outputs {
     float scale_log2, sign;
 };
 
-// Four lanes share a row of accumulators, each with 4 bytes of every 16. Turning squares of four words about makes
-// that 16 bytes of every 64: a quarter of the loads and stores, each 8 of which take a cycle of the cache by itself.
+// Four lanes share a row of accumulators, each with 4 bytes of every 16. Turning squares of four words about
+// makes that 16 bytes of every 64: a quarter of the loads and stores, each 8 of which take a cycle of the
+// cache by itself.
 constexpr int SQUARES = WIDTH / 32;
 
 __device__ __forceinline__ void exchange(unsigned& first, unsigned& second, int lanes, bool upper) {
@@ -398,8 +405,8 @@ __device__ __forceinline__ unsigned add_pair(unsigned onto, const float* o, floa
 
 // out = base + sign · o / total for this thread's two rows, and their log-sum-exp.
 __device__ __forceinline__ void store(
-    const Output& o, const Softmax& state, Onto& onto, const Outputs& to, const Shape& shape, const Place& place,
-    int row) {
+    const Output& o, const Softmax& state, Onto& onto, const Outputs& to, const Shape& shape,
+    const Place& place, int row) {
     const int lane = threadIdx.x % 4;
     char* out = to.out + place.b * to.out_b + place.h * to.out_h + lane * 16;
     float* lse = to.lse + (static_cast<long long>(place.b) * shape.heads + place.h) * shape.rows;
@@ -441,9 +448,10 @@ __device__ __forceinline__ void pass_turn(int consumer) {
     if (PING_PONG) named_arrive(FIRST_TURN + (consumer + 1) % CONSUMERS, 2 * WARPGROUP);
 }
 
-// What cp.async wrote, the generic proxy wrote: each thread that is about to read it through wgmma, the async proxy,
-// puts a fence between the barrier, by which it knows of those writes, and its products. The other direction needs
-// none: a stage is released only after its products have finished, and written only after that.
+// What cp.async wrote, the generic proxy wrote: each thread that is about to read it through wgmma, the async
+// proxy, puts a fence between the barrier, by which it knows of those writes, and its products. The other
+// direction needs none: a stage is released only after its products have finished, and written only after
+// that.
 __device__ __forceinline__ void await_tile(unsigned barrier, int parity) {
     barrier_wait(barrier, parity);
     fence_async_proxy();
@@ -541,15 +549,22 @@ __device__ __forceinline__ void compute(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
-    const char* q, const char* k, const char* v, const int* indices, const int* counts, const char* base, char* out,
-    float* lse, long long q_b, long long q_h, long long q_n, long long k_b, long long k_h, long long k_n,
-    long long v_b, long long v_h, long long v_n, long long base_b, long long base_h, long long base_n,
-    long long out_b, long long out_h, long long out_n, long long heads, long long rows, long long groups,
-    long long capacity, long long group_size, long long tiles, long long total, double scale_log2, double sign) {
+    const char* q, const char* k, const char* v, const int* indices, const int* counts, const char* base,
+    char* out, float* lse, long long q_b, long long q_h, long long q_n, long long k_b, long long k_h,
+    long long k_n, long long v_b, long long v_h, long long v_n, long long base_b, long long base_h,
+    long long base_n, long long out_b, long long out_h, long long out_n, long long heads, long long rows,
+    long long groups, long long capacity, long long group_size, long long tiles, long long total,
+    double scale_log2, double sign) {
     extern __shared__ unsigned char memory[];
     const Shared shared(shared_address(memory));
-    const Shape shape{static_cast<int>(heads),      static_cast<int>(rows),  static_cast<int>(groups),
-                      static_cast<int>(group_size), static_cast<int>(tiles), static_cast<int>(total), capacity};
+    const Shape shape{
+        static_cast<int>(heads),
+        static_cast<int>(rows),
+        static_cast<int>(groups),
+        static_cast<int>(group_size),
+        static_cast<int>(tiles),
+        static_cast<int>(total),
+        capacity};
     if (threadIdx.x == 0) {
         if (shared.queries % ATOM_BYTES) trap();  // swizzling goes by the address
         shared.initialise();
@@ -558,14 +573,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
 
     if (threadIdx.x < WARPGROUP) {
         if constexpr (SHARE_REGISTERS) give_registers<FETCH_REGISTERS>();
-        const Inputs in{q,   k,   v,   indices, counts,
-                        q_b, q_h, k_b, k_h,     v_b,
-                        v_h, static_cast<int>(q_n), static_cast<int>(k_n), static_cast<int>(v_n)};
+        const Inputs in{
+            q,
+            k,
+            v,
+            indices,
+            counts,
+            q_b,
+            q_h,
+            k_b,
+            k_h,
+            v_b,
+            v_h,
+            static_cast<int>(q_n),
+            static_cast<int>(k_n),
+            static_cast<int>(v_n)};
         fetch(in, shape, shared);
     } else {
         if constexpr (SHARE_REGISTERS) take_registers<COMPUTE_REGISTERS>();
-        const Outputs to{base,   out,   lse,   base_b, base_h,
-                         base_n, out_b, out_h, out_n,  static_cast<float>(scale_log2), static_cast<float>(sign)};
+        const Outputs to{
+            base,
+            out,
+            lse,
+            base_b,
+            base_h,
+            base_n,
+            out_b,
+            out_h,
+            out_n,
+            static_cast<float>(scale_log2),
+            static_cast<float>(sign)};
         compute(counts, to, shape, shared, __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0) - 1);
     }
 }
