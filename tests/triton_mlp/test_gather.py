@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -36,13 +38,17 @@ def test_rows_of_a_table(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("across", [0, 1])
 @pytest.mark.parametrize(("rows", "group_size"), [(193, 64), (128, 128), (50, 192), (40, 7)])
-def test_each_group_takes_and_returns_its_own_rows(rows: int, group_size: int, dtype: torch.dtype) -> None:
+def test_each_group_takes_and_returns_its_own_rows(
+    rows: int, group_size: int, across: int, dtype: torch.dtype
+) -> None:
+    settings = dataclasses.replace(SETTINGS, across=across)
     x = randn(2, 60, 2, rows, dtype=dtype, device=DEVICE).transpose(1, 2)
     columns = scattered_columns(2, 2, rows, 60, group_size, device=DEVICE)
     lists = (columns.indices, columns.counts, group_size)
     with poisoned_memory():
-        packed = gather_columns(x, columns, True, SETTINGS)
+        packed = gather_columns(x, columns, True, settings)
     torch.testing.assert_close(packed, truth.gather_columns(x, *lists, True), rtol=0, atol=0)
     # Padding slots and rows past the last must not be read.
     packed[~columns.kept()] = float("nan")
@@ -50,7 +56,7 @@ def test_each_group_takes_and_returns_its_own_rows(rows: int, group_size: int, d
     for accumulate in (False, True):
         out = randn(2, 60, 2, rows, dtype=dtype, device=DEVICE, seed=9).transpose(1, 2)
         expected = truth.scatter_columns(packed, *lists, out, accumulate)
-        scatter_columns(packed, columns, out, accumulate, SETTINGS)
+        scatter_columns(packed, columns, out, accumulate, settings)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 

@@ -25,10 +25,18 @@ WIDEST_BLOCK = 256
 
 @dataclass(frozen=True)
 class GatherSettings(LaunchSettings):
-    """How many columns one program moves, and with how many warps."""
+    """How programs share the packed slots.
+
+    Attributes:
+        block_columns: columns that one program moves.
+        num_warps: its warps.
+        across: 1 to move the same slots of all groups before the next slots. Groups lie side by side in a
+            neuron's row, so writes that are near in time are near in memory too.
+    """
 
     block_columns: int = choice(32, 8, 16, 32, 64, 128)
     num_warps: int = choice(4, 1, 2, 4, 8)
+    across: int = choice(0, 0, 1)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if self.block_columns > max(8, triton.next_power_of_2(problem.kept_columns)):
@@ -51,13 +59,21 @@ class GroupMeanSettings(LaunchSettings):
 
 
 @triton.jit
-def _place(counts, heads, groups, slot_blocks, width_blocks, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Which (b, h, g), slots and width this program moves. Width blocks vary fastest, then slots."""
+def _place(
+    counts, heads, groups, slot_blocks, width_blocks,
+    ACROSS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Which (b, h, g), slots and width this program moves. Width varies fastest, then slots or groups."""
     program = tl.program_id(0)
     w = (program % width_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     program //= width_blocks
-    slots = (program % slot_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = program // slot_blocks
+    if ACROSS:
+        block = program // groups % slot_blocks
+        row = program // (groups * slot_blocks) * groups + program % groups
+    else:
+        block = program % slot_blocks
+        row = program // slot_blocks
+    slots = block * BLOCK_C + tl.arange(0, BLOCK_C)
     g = row % groups
     h = (row // groups) % heads
     b = row // (groups * heads)
@@ -68,10 +84,12 @@ def _place(counts, heads, groups, slot_blocks, width_blocks, BLOCK_C: tl.constex
 def gather_kernel(
     x, indices, counts, packed, heads, groups, capacity, width, extent, slot_blocks, width_blocks,
     stride_b, stride_h, stride_n,
-    PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    PER_GROUP: tl.constexpr, ACROSS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Packed slots of one (b, h, g): x[b, h, column] whole, or (PER_GROUP) the group's own rows of it."""
-    row, b, h, g, slots, w, count = _place(counts, heads, groups, slot_blocks, width_blocks, BLOCK_C, BLOCK_W)
+    row, b, h, g, slots, w, count = _place(
+        counts, heads, groups, slot_blocks, width_blocks, ACROSS, BLOCK_C, BLOCK_W
+    )
     kept = slots < count
     columns = tl.load(indices + row * capacity + slots, mask=kept, other=0)
     source = x + b * stride_b + h * stride_h
@@ -92,13 +110,15 @@ def gather_kernel(
 def scatter_kernel(
     packed, indices, counts, out, heads, groups, capacity, width, extent, slot_blocks, width_blocks,
     packed_b, packed_h, packed_g, packed_c, stride_b, stride_h, stride_n,
-    ACCUMULATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    ACCUMULATE: tl.constexpr, ACROSS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Assign, or add, packed slots of one (b, h, g) into the group's own rows of out[b, h, column].
 
     Columns of a group are distinct and groups own disjoint rows, so no two programs write one element.
     """
-    row, b, h, g, slots, w, count = _place(counts, heads, groups, slot_blocks, width_blocks, BLOCK_C, BLOCK_W)
+    row, b, h, g, slots, w, count = _place(
+        counts, heads, groups, slot_blocks, width_blocks, ACROSS, BLOCK_C, BLOCK_W
+    )
     kept = slots < count
     columns = tl.load(indices + row * capacity + slots, mask=kept, other=0)
     mask = kept[:, None] & ((w < width) & (g * width + w < extent))[None, :]
@@ -157,8 +177,8 @@ def gather_columns(x: Tensor, columns: ColumnSet, per_group: bool, settings: Gat
             x, columns.indices.contiguous(), columns.counts.contiguous(), packed,
             columns.heads, columns.groups, columns.capacity, width, x.shape[3], slot_blocks, width_blocks,
             x.stride(0), x.stride(1), x.stride(2),
-            PER_GROUP=per_group, BLOCK_C=settings.block_columns, BLOCK_W=block_width,
-            num_warps=settings.num_warps,
+            PER_GROUP=per_group, ACROSS=settings.across, BLOCK_C=settings.block_columns,
+            BLOCK_W=block_width, num_warps=settings.num_warps,
         )  # fmt: skip
     return packed
 
@@ -178,8 +198,8 @@ def scatter_columns(
             slot_blocks, width_blocks,
             packed.stride(0), packed.stride(1), packed.stride(2), packed.stride(3),
             out.stride(0), out.stride(1), out.stride(2),
-            ACCUMULATE=accumulate, BLOCK_C=settings.block_columns, BLOCK_W=block_width,
-            num_warps=settings.num_warps,
+            ACCUMULATE=accumulate, ACROSS=settings.across, BLOCK_C=settings.block_columns,
+            BLOCK_W=block_width, num_warps=settings.num_warps,
         )  # fmt: skip
 
 
@@ -218,7 +238,7 @@ def _case(name: str, kernel: Any, warps: int, **constexprs: Any) -> tuple[Any, .
     return name, kernel, signature(kernel, _TYPES, constexprs), constexprs, warps, 3
 
 
-_MOVED = {"BLOCK_C": _GATHER.block_columns, "BLOCK_W": 128}
+_MOVED = {"ACROSS": _GATHER.across, "BLOCK_C": _GATHER.block_columns, "BLOCK_W": 128}
 COMPILE_CASES = (
     _case("gather_columns rows", gather_kernel, _GATHER.num_warps, PER_GROUP=False, **_MOVED),
     _case("gather_columns groups", gather_kernel, _GATHER.num_warps, PER_GROUP=True, **_MOVED),

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chipmunk_kernels.backends.triton import interpreted
+from chipmunk_kernels.backends.triton.device import units
 from chipmunk_kernels.backends.triton.launch import (
+    MOST_REGISTERS,
     on_device,
     precision,
     register_cap,
@@ -32,8 +35,10 @@ from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
 
-SCRATCH_BYTES = 512 << 20
+SCRATCH_BYTES = 64 << 20
 """Most scratch memory of a call, if one group of each batch entry fits it."""
+REGISTERS = 65536  # of a multiprocessor
+OTHER_REGISTERS = 112  # that a thread needs besides its accumulator, as compiled for sm_90
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class SparseMlpSettings(LaunchSettings):
         down_depth: kept neurons per step of its loop; half as many in float32.
         down_warps, down_stages: its warps and pipeline stages.
         band: token groups that share a weight block before the next one begins.
+        halve: 1 to cut the up-projection's last tiles in half where they would fill less than half a wave.
+        prefetch: 1 to call a tile's cached activations into the L2 cache before its product.
     """
 
     up_columns: int = choice(128, 64, 128, 256)
@@ -66,6 +73,8 @@ class SparseMlpSettings(LaunchSettings):
     down_warps: int = choice(8, 4, 8)
     down_stages: int = choice(3, 2, 3, 4)
     band: int = choice(32, 8, 32, 128)
+    halve: int = choice(1, 0, 1)
+    prefetch: int = choice(0, 0, 1)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         rows = min(problem.group_size, problem.rows)
@@ -105,56 +114,102 @@ def _in_bands(program, blocks, groups, tiles, BAND: tl.constexpr):
     return program // (wide * tiles), first + program // tiles % wide, program % tiles
 
 
-@triton.jit(do_not_specialize=["first", "groups", "all_groups", "capacity", "blocks", "tiles"])
-def up_kernel(
-    x, w1, b1, indices, counts, cache, packed,
-    first, groups, all_groups, capacity, group_size, tokens, width, blocks, tiles,
-    x_b, x_m, w1_f, cache_b, cache_f,
-    BAND: tl.constexpr,
+@triton.jit
+def _prefetch(cache, columns, cache_f, m, tokens, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
+    """Call a tile of the activation cache into the L2 cache, one 128-byte line a request."""
+    LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.cdiv(TOKENS, LINE)
+    line = tl.minimum(m + tl.arange(0, LINES) * LINE, tokens - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+        [cache + columns[:, None] * cache_f + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _up_tile(
+    x, w1, b1, index, cache, packed, block, tile, group, count,
+    capacity, group_size, tokens, width, x_m, w1_f, cache_f,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Packed delta of a block of kept neurons for one tile of a group's tokens; the cache takes the new."""
-    block, group, tile = _in_bands(tl.program_id(0), blocks, groups, tiles, BAND)
+    slots = block * COLUMNS + tl.arange(0, COLUMNS)
+    kept = slots < count
+    columns = tl.load(index + slots, mask=kept, other=0).to(tl.int64)
+    within = tile * TOKENS + tl.arange(0, TOKENS)
+    m = group * group_size + within
+    real = (within < group_size) & (m < tokens)
+    # Clamped rather than masked: a masked-off row would only add work to a product that is discarded.
+    rows = tl.where(real, m, 0).to(tl.int64)
+    k = tl.arange(0, DEPTH)
+    weight = w1 + columns[:, None] * w1_f + k[None, :]
+    token = x + rows[None, :] * x_m + k[:, None]
+    if PREFETCH:
+        _prefetch(cache, columns, cache_f, group * group_size + tile * TOKENS, tokens, COLUMNS, TOKENS)
+    total = tl.zeros((COLUMNS, TOKENS), tl.float32)
+    for start in range(0, width, DEPTH):
+        if EVEN:
+            a = tl.load(weight)
+            t = tl.load(token)
+        else:
+            a = tl.load(weight, mask=(start + k)[None, :] < width, other=0.0)
+            t = tl.load(token, mask=(start + k)[:, None] < width, other=0.0)
+        total = tl.dot(a, t, total, input_precision=PRECISION)
+        weight += DEPTH
+        token += DEPTH
+    if b1 is not None:
+        total += tl.load(b1 + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
+    mask = kept[:, None] & real[None, :]
+    target = cache + columns[:, None] * cache_f + m[None, :]
+    fresh = _gelu_tanh(total).to(cache.dtype.element_ty)
+    delta = fresh.to(tl.float32) - tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, fresh, mask=mask)
+    # Zero past the last token: down reads whole groups, a mask by token count would break up its loads.
+    delta = tl.where(mask, delta, 0.0).to(packed.dtype.element_ty)
+    position = packed + slots.to(tl.int64)[:, None] * group_size + within[None, :]
+    tl.store(position, delta, mask=kept[:, None] & (within < group_size)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "groups", "all_groups", "capacity", "blocks", "tiles", "whole"])
+def up_kernel(
+    x, w1, b1, indices, counts, cache, packed,
+    first, groups, all_groups, capacity, group_size, tokens, width, blocks, tiles, whole,
+    x_b, x_m, w1_f, cache_b, cache_f,
+    BAND: tl.constexpr, HALVE: tl.constexpr,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed delta a program. HALVE: tiles from number `whole` on are two programs' work."""
+    program = tl.program_id(0)
+    half = 0
+    if HALVE:
+        half = tl.where(program < whole, 0, (program - whole) % 2)
+        program = tl.where(program < whole, program, whole + (program - whole) // 2)
+    block, group, tile = _in_bands(program, blocks, groups, tiles, BAND)
     b = tl.program_id(1).to(tl.int64)
     packed += (b * groups + group) * capacity * group_size
     group += first
     row = b * all_groups + group
     count = tl.load(counts + row)
-    if block * COLUMNS < count:
-        slots = block * COLUMNS + tl.arange(0, COLUMNS)
-        kept = slots < count
-        columns = tl.load(indices + row * capacity + slots, mask=kept, other=0).to(tl.int64)
-        within = tile * TOKENS + tl.arange(0, TOKENS)
-        m = group * group_size + within
-        real = (within < group_size) & (m < tokens)
-        # Clamped rather than masked: a masked-off row would only add work to a product that is discarded.
-        rows = tl.where(real, m, 0).to(tl.int64)
-        k = tl.arange(0, DEPTH)
-        weight = w1 + columns[:, None] * w1_f + k[None, :]
-        token = x + b * x_b + rows[None, :] * x_m + k[:, None]
-        total = tl.zeros((COLUMNS, TOKENS), tl.float32)
-        for start in range(0, width, DEPTH):
-            if EVEN:
-                a = tl.load(weight)
-                t = tl.load(token)
-            else:
-                a = tl.load(weight, mask=(start + k)[None, :] < width, other=0.0)
-                t = tl.load(token, mask=(start + k)[:, None] < width, other=0.0)
-            total = tl.dot(a, t, total, input_precision=PRECISION)
-            weight += DEPTH
-            token += DEPTH
-        if b1 is not None:
-            total += tl.load(b1 + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
-        mask = kept[:, None] & real[None, :]
-        target = cache + b * cache_b + columns[:, None] * cache_f + m[None, :]
-        fresh = _gelu_tanh(total).to(cache.dtype.element_ty)
-        delta = fresh.to(tl.float32) - tl.load(target, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target, fresh, mask=mask)
-        # Zero past the last token: down reads whole groups, a mask by token count would break up its loads.
-        delta = tl.where(mask, delta, 0.0).to(packed.dtype.element_ty)
-        position = packed + slots.to(tl.int64)[:, None] * group_size + within[None, :]
-        tl.store(position, delta, mask=kept[:, None] & (within < group_size)[None, :])
+    x += b * x_b
+    cache += b * cache_b
+    index = indices + row * capacity
+    if HALVE and tl.program_id(0) >= whole:
+        block = 2 * block + half
+        if block * (COLUMNS // 2) < count:
+            _up_tile(
+                x, w1, b1, index, cache, packed, block, tile, group, count,
+                capacity, group_size, tokens, width, x_m, w1_f, cache_f,
+                COLUMNS // 2, TOKENS, DEPTH, EVEN, PREFETCH, PRECISION,
+            )  # fmt: skip
+    elif block * COLUMNS < count:
+        _up_tile(
+            x, w1, b1, index, cache, packed, block, tile, group, count,
+            capacity, group_size, tokens, width, x_m, w1_f, cache_f,
+            COLUMNS, TOKENS, DEPTH, EVEN, PREFETCH, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "groups", "all_groups", "capacity", "blocks", "tiles"])
@@ -203,6 +258,30 @@ def down_kernel(
         tl.store(target, total.to(output.dtype.element_ty), mask=mask)
 
 
+def _wave(device: torch.device, accumulator: int, warps: int, cap: int) -> int:
+    """Programs with an accumulator of that many elements that a device runs at once."""
+    threads = 32 * warps
+    registers = min(MOST_REGISTERS, cap or accumulator // threads + OTHER_REGISTERS)
+    return units(device) * max(1, REGISTERS // (registers * threads))
+
+
+def _groups_at_once(groups: int, bytes_per_group: int, tiles_per_group: int, wave: int) -> int:
+    """As many groups as the scratch memory holds, fewer where that fills the last wave of tiles better."""
+    most = max(1, min(groups, SCRATCH_BYTES // bytes_per_group))
+    if most == groups:
+        return groups
+    return min(
+        range(most, max(0, most - most // 4 - 1), -1),
+        key=lambda some: triton.cdiv(some * tiles_per_group, wave) / (some * tiles_per_group),
+    )
+
+
+def _whole_tiles(tiles: int, batch: int, wave: int) -> int:
+    """How many of a launch's tiles to leave whole: all, or the full waves if half tiles fit one last wave."""
+    rest = tiles * batch % wave
+    return tiles - rest if batch == 1 and tiles > wave and 0 < 2 * rest <= wave else tiles
+
+
 def sparse_mlp(
     x: Tensor,
     w1: Tensor,
@@ -237,17 +316,23 @@ def sparse_mlp(
     down_blocks, down_tiles = triton.cdiv(width_out, settings.down_width), triton.cdiv(rows, down_tokens)
     # Wide elements in half as deep tiles take the same shared memory.
     up_depth, down_depth = settings.up_depth * 2 // x.itemsize, settings.down_depth * 2 // x.itemsize
-    at_once = max(1, SCRATCH_BYTES // (batch * capacity * group_size * x.itemsize))
-    packed = torch.empty(batch * min(at_once, groups) * capacity * group_size, dtype=x.dtype, device=x.device)
+    up_wave = _wave(x.device, settings.up_columns * up_tokens, settings.up_warps, settings.up_registers)
+    per_group = batch * capacity * group_size * x.itemsize
+    at_once = _groups_at_once(groups, per_group, batch * up_blocks * up_tiles, up_wave)
+    packed = torch.empty(batch * at_once * capacity * group_size, dtype=x.dtype, device=x.device)
     with on_device(x):
         for first in range(0, groups, at_once):
             some = min(at_once, groups - first)
-            up_kernel[(up_blocks * up_tiles * some, batch)](
+            up_programs = up_blocks * up_tiles * some
+            whole = _whole_tiles(up_programs, batch, up_wave) if settings.halve else up_programs
+            up_kernel[(2 * up_programs - whole, batch)](
                 x, w1, b1, indices, counts, activation_cache, packed,
-                first, some, groups, capacity, group_size, tokens, width, up_blocks, up_tiles,
+                first, some, groups, capacity, group_size, tokens, width, up_blocks, up_tiles, whole,
                 *x.stride()[:2], w1.stride(0), *activation_cache.stride()[:2],
-                BAND=settings.band, COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=up_depth,
-                EVEN=width % up_depth == 0, PRECISION=precision(x.dtype),
+                BAND=settings.band, HALVE=whole < up_programs,
+                COLUMNS=settings.up_columns, TOKENS=up_tokens, DEPTH=up_depth,
+                EVEN=width % up_depth == 0, PREFETCH=bool(settings.prefetch) and not interpreted(),
+                PRECISION=precision(x.dtype),
                 num_warps=settings.up_warps, num_stages=settings.up_stages,
                 maxnreg=register_cap(settings.up_registers),
             )  # fmt: skip
@@ -271,8 +356,8 @@ _TYPES = {
     **dict.fromkeys(("x_b", "x_m", "w1_f", "w2_f", "cache_b", "cache_f", "output_b", "output_m"), "i32:16"),
 }
 _UP = {
-    "BAND": _DEFAULT.band, "COLUMNS": _DEFAULT.up_columns, "TOKENS": _DEFAULT.up_tokens,
-    "DEPTH": _DEFAULT.up_depth, "EVEN": True, "PRECISION": "tf32",
+    "BAND": _DEFAULT.band, "HALVE": True, "COLUMNS": _DEFAULT.up_columns, "TOKENS": _DEFAULT.up_tokens,
+    "DEPTH": _DEFAULT.up_depth, "EVEN": True, "PREFETCH": True, "PRECISION": "tf32",
 }  # fmt: skip
 _DOWN = {
     "BAND": _DEFAULT.band, "TOKENS": _DEFAULT.down_tokens, "WIDTH": _DEFAULT.down_width,

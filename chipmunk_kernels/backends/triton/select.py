@@ -255,8 +255,8 @@ _TYPES = {
 def _case(
     name: str,
     kernel: Any,
-    types: dict[str, str] | None = None,
-    num_warps: int = _DEFAULT.num_warps,
+    types: Any = None,
+    num_warps: Any = _DEFAULT.num_warps,
     **constexprs: Any,
 ) -> tuple[Any, ...]:
     return name, kernel, signature(kernel, _TYPES | (types or {}), constexprs), constexprs, num_warps, 3
