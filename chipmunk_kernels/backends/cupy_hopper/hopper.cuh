@@ -420,66 +420,21 @@ template <int N>
 struct Product;
 
 #define ACCUMULATORS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define ACCUMULATORS_16 \
-    ACCUMULATORS_8      \
-        ", "            \
-        "%8, %9, %10, %11, %12, %13, %14, %15"
-#define ACCUMULATORS_24 \
-    ACCUMULATORS_16     \
-        ", "            \
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-#define ACCUMULATORS_32 \
-    ACCUMULATORS_24     \
-        ", "            \
-        "%24, %25, %26, %27, %28, %29, %30, %31"
-#define ACCUMULATORS_40 \
-    ACCUMULATORS_32     \
-        ", "            \
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-#define ACCUMULATORS_48 \
-    ACCUMULATORS_40     \
-        ", "            \
-        "%40, %41, %42, %43, %44, %45, %46, %47"
-#define ACCUMULATORS_56 \
-    ACCUMULATORS_48     \
-        ", "            \
-        "%48, %49, %50, %51, %52, %53, %54, %55"
-#define ACCUMULATORS_64 \
-    ACCUMULATORS_56     \
-        ", "            \
-        "%56, %57, %58, %59, %60, %61, %62, %63"
-#define ACCUMULATORS_72 \
-    ACCUMULATORS_64     \
-        ", "            \
-        "%64, %65, %66, %67, %68, %69, %70, %71"
-#define ACCUMULATORS_80 \
-    ACCUMULATORS_72     \
-        ", "            \
-        "%72, %73, %74, %75, %76, %77, %78, %79"
-#define ACCUMULATORS_88 \
-    ACCUMULATORS_80     \
-        ", "            \
-        "%80, %81, %82, %83, %84, %85, %86, %87"
-#define ACCUMULATORS_96 \
-    ACCUMULATORS_88     \
-        ", "            \
-        "%88, %89, %90, %91, %92, %93, %94, %95"
-#define ACCUMULATORS_104 \
-    ACCUMULATORS_96      \
-        ", "             \
-        "%96, %97, %98, %99, %100, %101, %102, %103"
-#define ACCUMULATORS_112 \
-    ACCUMULATORS_104     \
-        ", "             \
-        "%104, %105, %106, %107, %108, %109, %110, %111"
-#define ACCUMULATORS_120 \
-    ACCUMULATORS_112     \
-        ", "             \
-        "%112, %113, %114, %115, %116, %117, %118, %119"
-#define ACCUMULATORS_128 \
-    ACCUMULATORS_120     \
-        ", "             \
-        "%120, %121, %122, %123, %124, %125, %126, %127"
+#define ACCUMULATORS_16 ACCUMULATORS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define ACCUMULATORS_24 ACCUMULATORS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define ACCUMULATORS_32 ACCUMULATORS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define ACCUMULATORS_40 ACCUMULATORS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define ACCUMULATORS_48 ACCUMULATORS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define ACCUMULATORS_56 ACCUMULATORS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define ACCUMULATORS_64 ACCUMULATORS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define ACCUMULATORS_72 ACCUMULATORS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define ACCUMULATORS_80 ACCUMULATORS_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define ACCUMULATORS_88 ACCUMULATORS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define ACCUMULATORS_96 ACCUMULATORS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define ACCUMULATORS_104 ACCUMULATORS_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define ACCUMULATORS_112 ACCUMULATORS_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define ACCUMULATORS_120 ACCUMULATORS_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define ACCUMULATORS_128 ACCUMULATORS_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define EIGHT(d, i)                                                                             \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
