@@ -253,5 +253,5 @@ def test_scratch_is_small_however_long_the_sequence(tokens: int, kept: int) -> N
     bytes_ = ring * parts * up_blocks * 256 * 128 * 2
     assert bytes_ <= 64 << 20
     # A down tile of a band comes more than a wave of tiles after the band's up tiles, if there are that many.
-    assert lead * settings.band * parts * up_blocks >= min(2 * 132, rows * parts * up_blocks)
+    assert lead * settings.band * parts * up_blocks >= min(3 * 132, rows * parts * up_blocks)
     assert ring >= min(rows, (lead + 2) * settings.band)

@@ -49,7 +49,7 @@ class SparseMlpSettings(LaunchSettings):
     width: int = choice(256, 128, 192, 256)
     stages: int = choice(4, 3, 4, 5, 6)
     band: int = choice(4, 1, 2, 4, 8, 16)
-    lead_waves: int = choice(2, 1, 2, 3)
+    lead_waves: int = choice(3, 1, 2, 3)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if fitted(self, min(problem.group_size, problem.rows)) != self:
