@@ -1,10 +1,14 @@
-"""What can be tried for a problem: every launch setting of every kernel that can run it, the defaults
-first."""
+"""What can be tried for a problem: the launch settings of every kernel that can run it, the defaults first.
+
+All of them are listed, or, of a kernel that declares more than any search could try, a fair sample: listing a
+quarter of a million took eight seconds a problem, and no proposal depends on the list.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +24,10 @@ from chipmunk_kernels.settings import LaunchSettings
 
 if TYPE_CHECKING:
     import optuna
+
+
+MOST_LISTED = 4000
+"""Settings of one kernel."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,11 @@ class Space:
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        """Key → candidate, for all that fit, and the defaults, which come first in the order of the backends:
-        dispatch runs those untuned, whatever they say of the problem."""
+        """Key → candidate, for those listed that fit, and the defaults, which come first in the order of the
+        backends: dispatch runs those untuned, whatever they say of the problem. `find` adds what it finds."""
         defaults = [Candidate(kernel, kernel.settings()) for kernel in self.kernels]
         found = {candidate.key: candidate for candidate in defaults}
-        every = (Candidate(kernel, each) for kernel in self.searched for each in _all_settings(kernel))
+        every = (Candidate(kernel, each) for kernel in self.searched for each in _listed(kernel))
         for candidate in every:
             reason = candidate.settings.misfit(self._problem, self._shared_memory)
             if reason is None:
@@ -98,15 +106,23 @@ class Space:
         return [candidate for candidate in self.candidates.values() if candidate.is_default]
 
     def find(self, backend: str, settings: dict[str, Any]) -> Candidate | None:
-        """The fitting candidate of these settings, None if there is none such."""
+        """The candidate of these settings, None where they do not fit or are not among the declared."""
         for kernel in self.kernels:
             if kernel.backend == backend:
                 try:
                     wanted = Candidate(kernel, kernel.settings.from_mapping(settings))
                 except (TypeError, ValueError):
                     return None
-                return self.candidates.get(wanted.key)
+                return self.candidates.get(wanted.key) or self._unlisted(wanted)
         return None
+
+    def _unlisted(self, wanted: Candidate) -> Candidate | None:
+        declared, own = wanted.kernel.settings.space(), wanted.settings.as_dict()
+        if wanted.kernel not in self.searched or any(own[name] not in declared[name] for name in declared):
+            return None
+        if wanted.settings.misfit(self._problem, self._shared_memory) is not None:
+            return None
+        return self.candidates.setdefault(wanted.key, wanted)
 
     def suggest(self, trial: optuna.Trial) -> Candidate | None:
         """What an Optuna trial proposes; None if it does not fit."""
@@ -152,7 +168,17 @@ def why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
     return kernel.unsupported(getattr(torch, problem.dtype), problem.width)
 
 
-def _all_settings(kernel: Kernel) -> Iterator[LaunchSettings]:
+def _listed(kernel: Kernel) -> Iterator[LaunchSettings]:
+    """Every declared combination, or `MOST_LISTED` of them, the same every time."""
     space = kernel.settings.space()
-    for values in itertools.product(*space.values()):
-        yield kernel.settings(**dict(zip(space, values, strict=True)))
+    declared = math.prod(map(len, space.values()))
+    if declared <= MOST_LISTED:
+        for values in itertools.product(*space.values()):
+            yield kernel.settings(**dict(zip(space, values, strict=True)))
+        return
+    for number in random.Random(0).sample(range(declared), MOST_LISTED):
+        chosen = {}
+        for name, choices in space.items():
+            number, place = divmod(number, len(choices))
+            chosen[name] = choices[place]
+        yield kernel.settings(**chosen)
