@@ -275,15 +275,18 @@ def _always(scores: Tensor, group_size: int, keep: list[int], window: int, key_l
     if not keep and not window:
         return None
     groups, columns = scores.shape[2:]
-    n = torch.arange(columns, device=scores.device)
-    kept = torch.zeros(groups, columns, dtype=torch.bool, device=scores.device)
+    # One padded row a group: its window starts at column g * group_size there, so that all of them are one
+    # strided view. Without windows all groups share a row.
+    rows = groups if window else 1
+    pitch = max(columns + window, groups * group_size + 2 * window)
+    padded = torch.zeros(rows, pitch, dtype=torch.bool, device=scores.device)
+    if window:
+        padded.as_strided((groups, group_size + 2 * window), (pitch + group_size, 1)).fill_(True)
+    kept = padded[:, window : window + columns]
     for start, stop in zip(keep[::2], keep[1::2], strict=True):
         kept[:, start:stop] = True
-    if window:
-        first_row = torch.arange(groups, device=scores.device).unsqueeze(1) * group_size
-        kept |= (n >= first_row - window) & (n < first_row + group_size + window)
     kept[:, key_length:] = False
-    return kept
+    return kept.expand(groups, columns)
 
 
 def _empty_columns(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

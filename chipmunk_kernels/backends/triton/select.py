@@ -55,7 +55,7 @@ class SelectSettings(LaunchSettings):
     num_warps: int = choice(8, 4, 8, 16)
     list_columns: int = choice(16, 4, 8, 16)
     list_stages: int = choice(2, 1, 2, 3)
-    per_unit: int = choice(2, 1, 2, 3)
+    per_unit: int = choice(1, 1, 2)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if self.block > max(1024, triton.next_power_of_2(problem.columns)):
