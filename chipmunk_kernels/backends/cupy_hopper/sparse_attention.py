@@ -174,7 +174,8 @@ def sparse_attention(
     total = batch * heads * columns.groups * tiles
     launch(
         kernel, q.device, min(most_blocks, total), 128 * (settings.consumers + 1),
-        q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
+        q, k, v, columns.indices.contiguous(), columns.counts.contiguous(),
+        0 if base is None else base, out, lse,
         *_steps(q), *_steps(k), *_steps(v), *((0, 0, 0) if base is None else _steps(base)), *_steps(out),
         heads, rows, columns.groups, columns.capacity, columns.group_size, tiles, total,
         scale * LOG2E, float(sign),
