@@ -102,7 +102,8 @@ template <class T, class Action> static void together(T& mine, Action action) {
 }
 
 static void check_shared(unsigned address, int bytes, int alignment) {
-    if (address % alignment || address + bytes > unsigned(shared_bytes)) complain("shared address " + std::to_string(address));
+    if (address % alignment || address + bytes > unsigned(shared_bytes))
+        complain("shared address " + std::to_string(address));
 }
 
 static void perform(const Copy& copy) {
@@ -115,7 +116,8 @@ static void start_copy(Copy copy) {
     const char* from = static_cast<const char*>(copy.from);
     bool inside = copy.existing == 0;
     for (auto& [begin, end] : tensors) inside |= begin <= from && from + copy.existing <= end;
-    if (!inside || reinterpret_cast<std::uintptr_t>(from) % copy.bytes || copy.existing < 0 || copy.existing > copy.bytes)
+    const bool aligned = reinterpret_cast<std::uintptr_t>(from) % copy.bytes == 0;
+    if (!inside || !aligned || copy.existing < 0 || copy.existing > copy.bytes)
         return complain("global address of a copy");
     if (eager) perform(copy);
     else self().open.push_back(copy);
@@ -307,7 +309,9 @@ static void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
 static void load_matrices(unsigned (&to)[4], unsigned address) { host::load<false>(to, address); }
 static void load_transposed(unsigned (&to)[4], unsigned address) { host::load<true>(to, address); }
 
-static void copy_vector(unsigned to, const void* from, int existing = 16) { host::start_copy({to, from, existing, 16}); }
+static void copy_vector(unsigned to, const void* from, int existing = 16) {
+    host::start_copy({to, from, existing, 16});
+}
 static void copy_int(unsigned to, const int* from) { host::start_copy({to, from, 4, 4}); }
 static void commit_copies() { host::self().groups.push_back(std::move(host::self().open)), host::self().open.clear(); }
 

@@ -385,7 +385,8 @@ extern "C" __global__ void __launch_bounds__(Down::THREADS) sparse_mlp_down(
         Eight<OutputWord, OUTPUT_BYTES> value;
         value.load(target, existing);
 #pragma unroll
-        for (int i = 0; i < VECTOR_WORDS; ++i) value.element[i] = output_word(output_value(value.element[i]) + eight[i]);
+        for (int i = 0; i < VECTOR_WORDS; ++i)
+            value.element[i] = output_word(output_value(value.element[i]) + eight[i]);
         value.store(target, existing);
     });
 }

@@ -49,7 +49,8 @@ struct Columns {
 
     __device__ __forceinline__ int tiles() const { return (kept + BLOCK_N - 1) / BLOCK_N; }
     __device__ __forceinline__ const int* in_ring(int tile) const {
-        return reinterpret_cast<const int*>(shared_memory + QUERY_BYTES + STAGES * STAGE_BYTES) + tile % LISTS * BLOCK_N;
+        const unsigned char* lists = shared_memory + QUERY_BYTES + STAGES * STAGE_BYTES;
+        return reinterpret_cast<const int*>(lists) + tile % LISTS * BLOCK_N;
     }
     // Slots past the last repeat it, so that every address exists and no maximum changes.
     __device__ __forceinline__ void fetch(int tile) const {
@@ -296,8 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
         commit_copies();
     }
 
-    const unsigned query_lane =
-        shared + swizzled<ROW_VECTORS>(own_row + lane % 16, lane / 16);
+    const unsigned query_lane = shared + swizzled<ROW_VECTORS>(own_row + lane % 16, lane / 16);
     const unsigned key_lane = swizzled<ROW_VECTORS>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     const unsigned value_lane = TILE_BYTES + swizzled<ROW_VECTORS>(lane % 16, lane / 16);
     Queries queries;
