@@ -183,6 +183,16 @@ def test_the_default_fits_every_gpu() -> None:
     assert "64 rows" in str(default.misfit(dataclasses.replace(problem, group_size=64)))
 
 
+def test_how_warps_share_a_tile() -> None:
+    """In parts as near to squares as can be; each has 16 padded rows of scratch."""
+    assert ours.Tile(128, 128, 64, 3, 4).warps_across == 2
+    assert ours.Tile(128, 256, 32, 4, 8).warps_across == 4
+    assert ours.Tile(256, 128, 32, 4, 8).warps_across == 2
+    assert ours.Tile(32, 128, 32, 2, 8).warps_across == 4
+    assert ours.Tile(128, 128, 64, 3, 4).shared_bytes == 3 * 2 * 128 * 64 * 2 + 6 * 64 * 4
+    assert ours.Tile(32, 32, 32, 2, 4).shared_bytes == max(2 * 64 * 32 * 2 + 4 * 32 * 4, 4 * 16 * 24 * 4)
+
+
 def test_what_the_kernels_take() -> None:
     (kernel,) = ours.KERNELS
     assert kernel.unsupported(torch.bfloat16, 3072) is None

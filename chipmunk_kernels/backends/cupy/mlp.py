@@ -95,7 +95,15 @@ class Tile:
     def shared_bytes(self) -> int:
         """The stages and the column lists; the epilogue's scratch takes their place, and may be larger."""
         stages = self.stages * (self.rows + self.columns) * self.depth * 2 + 2 * self.stages * self.depth * 4
-        return max(stages, self.warps * 16 * (self.columns + 8) * 4)
+        return max(stages, self.warps * 16 * (self.columns // self.warps_across + 8) * 4)
+
+    @property
+    def warps_across(self) -> int:
+        """Warps side by side, as `warps_down` in mlp.cu leaves them."""
+        down = 1
+        while down < self.warps and self.rows // down > self.columns * down // self.warps:
+            down *= 2
+        return self.warps // down
 
     def macros(self, name: str) -> tuple[tuple[str, int], ...]:
         return (
