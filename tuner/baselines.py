@@ -59,7 +59,7 @@ def baselines(case: Case) -> list[Baseline]:
     return survey(case).found
 
 
-def survey(case: Case, *, compiled: bool = False) -> Survey:
+def survey(case: Case, *, compiled: bool = False, only: str | None = None) -> Survey:
     """Every dense computation that could be the fastest, each run once: what cannot run here is named.
 
     Args:
@@ -67,11 +67,13 @@ def survey(case: Case, *, compiled: bool = False) -> Survey:
         compiled: on CUDA also what torch.compile makes: FlexAttention, and the MLP with its activation fused.
             Seconds of compiling for each shape; on an H200 they were 0.7 and 1.0 times as fast as the
             libraries, so a search does without.
+        only: the name of the one to run, where an earlier survey of this shape found the fastest.
     """
     if case.device.type != "cuda":
         return Survey([_plain(case)])
     result = Survey()
-    for candidate in [*_libraries(case), *(_compiled(case) if compiled else [])]:
+    candidates = [*_libraries(case), *(_compiled(case) if compiled else [])]
+    for candidate in [each for each in candidates if only in (None, each.name)]:
         reason = _why_not(candidate)
         if reason is None:
             result.found.append(candidate)

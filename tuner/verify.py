@@ -110,7 +110,7 @@ def verify_small(
     truth, peer = _expected_small(problem, str(device), seed, options)
     with PoisonedMemory():
         outputs = _comparable(case, case.run(kernel, settings))
-    _synchronize(device)
+    synchronize(device)
     return _compare(outputs, truth, peer, problem, "small case")
 
 
@@ -142,7 +142,7 @@ class Sampled:
         case.reset()
         with PoisonedMemory():
             outputs = case.run(kernel, settings)
-        _synchronize(case.device)
+        synchronize(case.device)
         broken = _unsound(case, outputs)
         if broken is not None:
             return Check(math.inf, 0.0, "full size", f"full size: {broken}")
@@ -363,7 +363,7 @@ def _as_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: convert(value) for name, value in inputs.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """A kernel that failed says so at the next synchronisation: make that here, not in somebody else's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -23,6 +23,7 @@ from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
 from suites.benchmarks.bars.report import Report
 from suites.benchmarks.bars.run import Plan, hopeless, run
 from suites.benchmarks.bars.tasks import DENSE, Row, Task
+from tuner.baselines import Baseline
 from tuner.hardware import Ceilings
 from tuner.problem import make_case
 from tuner.statistics import Interval
@@ -259,6 +260,52 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
     row = tasks.measure(task)
     assert row.status == "ok" and row.time is not None and row.speedup is not None and row.dense is not None
     assert row.speedup.median == pytest.approx(row.dense.median / row.time.median, rel=0.5)
+
+
+def test_a_kernel_that_fails_at_the_models_size_fails_in_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a crash costs a worker; it must not wait for the measurement."""
+    item = LabelledProblem("means", Problem("group_mean", 4096, 8, 8, dtype="float32", group_size=64))
+    right = registry.kernel("group_mean", "torch")
+
+    def limited(x: torch.Tensor, group_size: int, settings: Any) -> torch.Tensor:
+        if x.shape[1] >= 4096:
+            raise RuntimeError("too many rows")
+        return right.run(x, group_size, settings)
+
+    kernel = dataclasses.replace(right, run=limited)
+    monkeypatch.setattr(tasks, "chosen", lambda task: (kernel, kernel.settings()))
+    with pytest.raises(RuntimeError, match="too many rows"):
+        tasks.prepare(Task(item, "torch", "cpu"))
+
+
+class ScriptedTimer:
+    """The n-th sample of a baseline takes what its name lists; `taken` counts them."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+
+    def sample(self, work: Any) -> float:
+        number = self.taken[work.name] = self.taken.get(work.name, 0) + 1
+        times = [float(text) for text in work.name.split()]
+        return times[min(number, len(times)) - 1]
+
+
+def test_the_fastest_baseline_is_found_without_waiting_for_the_slow_ones() -> None:
+    timer = ScriptedTimer()
+    slow, unlucky, lucky = (Baseline(name, lambda: None) for name in ("900", "120 90", "100"))
+    assert tasks._fastest([slow, unlucky, lucky], timer) is unlucky
+    assert timer.taken["900"] == 1 and timer.taken["100"] > 2
+
+
+def test_problems_of_one_dense_computation_share_its_baseline() -> None:
+    first, denser = attention("a"), attention("b", density=0.5, group_size=192)
+    mass = Problem("colsum_attention", 1000, 1000, 100)
+    shapes = {tasks.dense_shape(problem) for problem in (first.problem, denser.problem, mass)}
+    assert len(shapes) == 1
+    gather = Problem("gather_columns", 1000, 1000, 100, density=0.1)
+    assert tasks.dense_shape(gather) != tasks.dense_shape(dataclasses.replace(gather, density=0.2))
 
 
 def test_costs_are_counted_where_they_can_be() -> None:

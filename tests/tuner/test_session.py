@@ -14,6 +14,7 @@ from chipmunk_kernels.profiles import Entry, Profile
 from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
 from tuner import session as session_module
 from tuner.build import Answer, InlineBuilder, PoolBuilder, Task, check
+from tuner.hardware import Ceilings
 from tuner.measure import CpuTimer
 from tuner.search import Study, open_storage
 from tuner.session import DeviceLost, Result, Session, Settings
@@ -305,3 +306,22 @@ def test_a_session_with_worker_processes_finds_and_records_the_same_way(tmp_path
         bench.builder.close()
     assert result.entry is not None and result.counts == {"ok": 3}
     assert len(store.records(session.identity(LabelledProblem("any", problem)))) == 3
+
+
+def test_calls_that_shapes_do_not_describe_are_searched_apart(tmp_path: Path) -> None:
+    """A gather of each group's own rows beside one of a table: one problem to a profile, two to a store."""
+    problem = Problem("gather_columns", rows=64, columns=64, width=64, group_size=64, density=0.2)
+    items = (
+        LabelledProblem("table", problem),
+        LabelledProblem("own rows", problem, options=(("per_group", 1),)),
+    )
+    store = Store(tmp_path / "trials.db")
+    bench = fake_bench(FakeTimer())
+    bench.timer, bench.ceilings = CpuTimer(1 << 20), Ceilings(1e3, {"bfloat16": 1.0})
+    session = Session(bench, store, None, Settings(trials=1, budget_s=60.0), Profile.empty())
+    results = list(session.run(items))
+    assert all(result.entry is not None and not result.reused for result in results)
+    for item in items:
+        (record,) = store.records(session.identity(item))
+        assert record.identity.problem.get("per_group") == dict(item.options).get("per_group")
+    assert session.forget(items[1]) == 1 and len(store.records(session.identity(items[0]))) == 1

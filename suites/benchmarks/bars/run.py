@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from chipmunk_kernels.problem import Problem
-from suites.benchmarks.bars.tasks import DENSE, Row, Task, chosen, measure, prepare
-from tuner.baselines import ATTENTION, COMPILED, work_of
+from suites.benchmarks.bars.tasks import DENSE, Row, Task, chosen, dense_shape, measure, prepare
+from tuner.baselines import COMPILED, work_of
 from tuner.build import InlineBuilder, PoolBuilder
 from tuner.space import why_not
 from tuner.store import Outcome
@@ -24,7 +24,8 @@ ORDER = ("cupy_hopper", "triton", "cupy", "torch")
 HOPELESS_FLOPS, HOPELESS_BYTES = 1e12, 2e9
 """Beyond either, the torch backend on a GPU, which gathers into memory, would take longer than all others."""
 MAX_WORKERS = 14
-MEASURE_LIMIT_S = 60.0
+MEASURE_LIMIT_S = 40.0
+"""Ten times what the largest problem takes; a kernel that hangs must not eat the time of all others."""
 PREPARE_SHARE = 0.5
 """Of the seconds: what is not compiled and verified by then is not reached."""
 
@@ -149,8 +150,7 @@ def _same_build(task: Task) -> Any:
     """Equal for tasks of one compiled kernel on one small case: one of them stands for all."""
     problem = task.item.problem
     if task.backend == DENSE:
-        attention = problem.operation in ATTENTION
-        return DENSE, attention, problem.batch, problem.heads, problem.rows, problem.columns
+        return DENSE, dense_shape(problem)
     _, settings = chosen(task)
     return task.backend, settings, shrunken(problem), task.item.options
 
