@@ -392,10 +392,11 @@ __device__ __forceinline__ void hand_over_sums(
     float (&sums)[SUMS], int part, const Shared& shared, int number) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP - WG_WARPS;
     const int place = place_of<PARTIAL_SLOTS>(number);
+    // Before the shuffles: the compiler does not move them past the loop of a wait, in between products.
+    if (part == 0) barrier_wait(shared.sums_empty(place), parity_of<PARTIAL_SLOTS>(number) ^ 1);
     halve_sums<SUMS / 2, 16>(sums, lane);
     halve_sums<SUMS / 4, 8>(sums, lane);
     halve_sums<SUMS / 8, 4>(sums, lane);
-    if (part == 0) barrier_wait(shared.sums_empty(place), parity_of<PARTIAL_SLOTS>(number) ^ 1);
     store_shared_floats(
         shared.partials + place * PARTIAL_BYTES + (warp * BLOCK_N + part * PART + 2 * lane) * 4, sums[0], sums[1]);
     if (part == PARTS - 1) arrive_once(shared.sums_full(place));
@@ -433,10 +434,12 @@ struct Consumer {
         arrive_once(shared.keys_empty(place_of<STAGES>(number)));
     }
 
+    __device__ __forceinline__ void await_values(int number) {
+        barrier_wait(shared.values_full(place_of<STAGES>(number)), parity_of<STAGES>(number));
+    }
+
     __device__ __forceinline__ void multiply_values(const unsigned (&p)[PART_WORDS], int part, int number) {
-        const int place = place_of<STAGES>(number);
-        if (part == 0) barrier_wait(shared.values_full(place), parity_of<STAGES>(number));
-        start_output(o, p, shared.values + place * STAGE_BYTES + part * PART * ROW_BYTES);
+        start_output(o, p, shared.values + place_of<STAGES>(number) * STAGE_BYTES + part * PART * ROW_BYTES);
     }
 
     __device__ __forceinline__ void release_values(int number) {
@@ -444,9 +447,8 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void clear_values_past(int existing, int number) {
-        const int place = place_of<STAGES>(number);
-        barrier_wait(shared.values_full(place), parity_of<STAGES>(number));
-        clear_values(shared.values + place * STAGE_BYTES, existing);
+        await_values(number);
+        clear_values(shared.values + place_of<STAGES>(number) * STAGE_BYTES, existing);
     }
 
     __device__ __forceinline__ void hand_over(float (&sums)[SUMS], int part, int number) {
@@ -489,6 +491,7 @@ struct Consumer {
             float sums[SUMS];
             take_weights(s, part, rows, scale_log2);
             keep_weights(s, part, p[part], sums);
+            if (part == 0) await_values(number);
             multiply_values(p[part], part, number);
             hand_over(sums, part, number);
         }
@@ -520,6 +523,7 @@ struct Consumer {
                 keep_weights(s, part, p[part], sums[part]);
             }
         }
+        await_values(number);
 #pragma unroll 1
         for (; number + 1 < end; ++number) {
             float s[SCORES];
@@ -533,6 +537,8 @@ struct Consumer {
             release_keys(number + 1);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part) take_weights(s, part, rows, scale_log2);
+            // Where the loop of this wait stands, the compiler does not move the exponentials behind the next one.
+            await_values(number + 1);
             products_wait<0>();
             pin_outputs(p);
             release_values(number);
@@ -566,6 +572,7 @@ struct Consumer {
                 take_weights(s, 0, rows, scale_log2);
                 pack_weights(s, 0, p[0]);
                 if constexpr (MASS) add_rows<false>(s, 0, rows, sums);
+                if (part == 0) await_values(number);
                 multiply_values(p[0], part, number);
                 hand_over(sums, part, number);
                 products_wait<0>();
