@@ -513,6 +513,9 @@ __device__ __forceinline__ void compute(
                     // The logits take the place of the weights.
                     products_wait<0>();
                     pin(o);
+                    pin(p);
+                    release(shared.values_empty(values.stage), lane);
+                    values.advance();
                     products_fence();
                     multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
                 }
@@ -524,11 +527,13 @@ __device__ __forceinline__ void compute(
                 weigh<false>(s, state, scale, BLOCK_COLUMNS);
                 pin(s);
                 rescale_output(o, state);
-                products_wait<0>();
-                pin(o);
-                pin(p);
-                release(shared.values_empty(values.stage), lane);
-                values.advance();
+                if (OVERLAP) {
+                    products_wait<0>();
+                    pin(o);
+                    pin(p);
+                    release(shared.values_empty(values.stage), lane);
+                    values.advance();
+                }
                 pack_weights(p, s);
             }
             release(shared.queries_empty(), lane);
