@@ -24,14 +24,15 @@ from chipmunk_kernels.columns import ColumnSet, group_count
 from chipmunk_kernels.delta.launch import Launch
 from chipmunk_kernels.delta.policy import AttentionPolicy
 from chipmunk_kernels.delta.report import Selection, Usage
+from chipmunk_kernels.delta.side import Side
 from chipmunk_kernels.ops.attention import colsum_attention, dense_attention, sparse_attention
 from chipmunk_kernels.ops.select import topk_columns
 
 Ranges = tuple[tuple[int, int], ...]
 
-MASS_BYTES = 2 << 30
-"""Column masses are float32 (B, H, G, N): 10.6 GB at HunyuanVideo's size. Full steps take as many heads at
-once as fit in this."""
+MASS_BYTES = 1 << 30
+"""Column masses are float32 (B, H, G, N): 7 GB at HunyuanVideo's size. Full steps take as many heads at once
+as fit in this, twice: while columns are chosen from the masses of some heads, the next heads' are summed."""
 
 EMPTY_SHARE = 1e-5
 """`lse` form: a row whose unselected columns hold less than this share of its mass keeps none of them.
@@ -132,35 +133,40 @@ class AttentionDelta:
         heads, size = q.shape[1], self.policy.group_size
         per_head = 4 * q.shape[0] * group_count(q.shape[2], size) * k.shape[2]
         at_once = max(1, min(heads, MASS_BYTES // per_head))
-        parts = []
+        outs, lses, sets = [], [], []
+        side = Side(q.device)
+        mass = None
         for first in range(0, heads, at_once):
             part = slice(first, first + at_once)
             lse = None if self._lse is None else self._lse[:, part]
-            parts.append(self._choose_heads(q[:, part], k[:, part], v[:, part], lse, step, first, keep))
-        outs, lses, sets = zip(*parts, strict=True)
-        if len(parts) == 1:
+            out, lse, next_mass = self._sum_columns(q[:, part], k[:, part], v[:, part], lse)
+            side.join()  # the last selection ran beside those sums; its masses may go now
+            mass = next_mass
+            with side.fork():
+                sets.append(self._choose_columns(mass, step, first, keep))
+            outs.append(out)
+            lses.append(lse)
+        side.join()
+        del mass
+        if len(sets) == 1:
             self._lse = lses[0]
             return outs[0], sets[0]
         self._lse = torch.cat(lses, 1)
         return torch.cat(outs, 1), _join_heads(sets)
 
-    def _choose_heads(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse_prev: Tensor | None,
-        step: int,
-        first_head: int,
-        keep: Ranges,
-    ) -> tuple[Tensor, Tensor, ColumnSet]:
-        policy, width = self.policy, k.shape[2]
+    def _sum_columns(
+        self, q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense output, its log normalisers, and the column masses."""
         if lse_prev is None:
             _, lse_prev = dense_attention(q, k, v, **self._launch("dense_attention", q, k))
-        out, lse, mass = colsum_attention(
-            q, k, v, lse_prev, policy.group_size, **self._launch("colsum_attention", q, k)
+        return colsum_attention(
+            q, k, v, lse_prev, self.policy.group_size, **self._launch("colsum_attention", q, k)
         )
-        columns = topk_columns(
+
+    def _choose_columns(self, mass: Tensor, step: int, first_head: int, keep: Ranges) -> ColumnSet:
+        policy, width = self.policy, mass.shape[3]
+        return topk_columns(
             mass,
             round(policy.keep * width),
             group_size=policy.group_size,
@@ -170,7 +176,6 @@ class AttentionDelta:
             seed=mix_seed(self.seed, step, first_head),
             **self._launch_topk(mass, keep),
         )
-        return out, lse, columns
 
     def _cache_rest(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         assert self.columns is not None and self._lse is not None

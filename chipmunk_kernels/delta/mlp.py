@@ -23,6 +23,7 @@ from chipmunk_kernels.delta.attention import mix_seed
 from chipmunk_kernels.delta.launch import Launch
 from chipmunk_kernels.delta.policy import MlpPolicy
 from chipmunk_kernels.delta.report import Selection, Usage
+from chipmunk_kernels.delta.side import Side
 from chipmunk_kernels.ops.mlp import group_mean, sparse_mlp
 from chipmunk_kernels.ops.select import topk_columns
 
@@ -111,13 +112,18 @@ class MlpDelta:
         self._refreshed = None
         mid = F.linear(x, weights.up, weights.up_bias)
         activations = F.gelu(mid, approximate="tanh")
-        out = F.linear(activations, weights.down, weights.down_bias)
-        if not self.policy.schedule.is_full(step + 1):
+        if self.policy.schedule.is_full(step + 1):
+            return F.linear(activations, weights.down, weights.down_bias)
+        by_neuron = activations.transpose(1, 2)
+        self._activations = torch.empty_like(by_neuron, memory_format=torch.contiguous_format)
+        side = Side(x.device)
+        with side.fork():  # the caches are written beside the second product
+            self._activations.copy_(by_neuron)
             self._means = self._group_mean(mid)
-            self._activations = activations.transpose(1, 2).contiguous()
-            self._out = out
-            self._refreshed, self._since = step, 0
-        return out
+        self._out = F.linear(activations, weights.down, weights.down_bias)
+        side.join()
+        self._refreshed, self._since = step, 0
+        return self._out
 
     def _sparse(self, x: Tensor, weights: MlpWeights, step: int) -> Tensor:
         assert self._activations is not None and self._out is not None and self._means is not None
@@ -127,8 +133,10 @@ class MlpDelta:
         assert self.columns is not None and self._selection is not None
         self._since += 1
         self._selection.uses += 1
-        self._update_means(means)
-        return sparse_mlp(
+        side, old_means = Side(x.device), self._means
+        with side.fork():  # the new means are for the next selection
+            self._update_means(means)
+        out = sparse_mlp(
             x,
             weights.up,
             weights.up_bias,
@@ -139,6 +147,9 @@ class MlpDelta:
             activation="gelu_tanh",
             **self._launch("sparse_mlp", x, weights),
         )
+        side.join()
+        del old_means  # the side may have read it until here
+        return out
 
     def _choose(self, means: Tensor, step: int) -> None:
         assert self._means is not None

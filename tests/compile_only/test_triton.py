@@ -26,6 +26,10 @@ KERNELS = (
 STACK_BYTES_ALLOWED = 32
 """A few registers saved around a loop cost nothing; on sm_80 the dense kernel is 8 bytes short."""
 
+FULL_BLOCK_STACK_BYTES_ALLOWED = 192
+"""The largest contests of the selection run 1024 threads, which leaves a thread 64 registers. What they keep
+on the stack is set up once a row, outside of their loops."""
+
 Row = dict[str, object]
 
 pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
@@ -59,7 +63,9 @@ def test_compiles_and_fits(rows: list[Row], kernel: str, target: str) -> None:
     for row in of(rows, kernel, target):
         assert row["error"] is None, row
         assert 0 < int(str(row["registers"])) <= 255, row
-        assert int(str(row["stack_bytes"])) <= STACK_BYTES_ALLOWED, f"registers spill: {row}"
+        full = row["num_warps"] == 32
+        allowed = FULL_BLOCK_STACK_BYTES_ALLOWED if full else STACK_BYTES_ALLOWED
+        assert int(str(row["stack_bytes"])) <= allowed, f"registers spill: {row}"
         assert int(str(row["shared_bytes"])) <= int(str(row["shared_limit_bytes"])), f"does not fit: {row}"
 
 
