@@ -15,6 +15,21 @@ import torch
 from torch import Tensor
 
 
+def unpack_mask(packed: Tensor, columns: int) -> Tensor:
+    """Bool `(…, columns)` from uint8 `(…, ceil(columns / 8))`, the inverse of `ColumnSet.to_packed_mask`.
+
+    Raises:
+        ValueError: not uint8, or not as many bytes as the columns take.
+    """
+    if packed.dtype != torch.uint8 or packed.shape[-1] != -(-columns // 8):
+        raise ValueError(
+            f"packed: expected uint8 with a last dimension of {-(-columns // 8)} for {columns} columns, "
+            f"got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> bits) & 1).bool().flatten(-2)[..., :columns]
+
+
 def group_count(rows: int, group_size: int) -> int:
     """Number of row groups, the ragged last one included."""
     return -(-rows // group_size)
@@ -95,6 +110,19 @@ class ColumnSet:
         target = torch.where(self.kept(), self.indices, columns).long()
         mask.scatter_(-1, target, True)
         return mask[..., :columns]
+
+    def to_packed_mask(self, columns: int) -> Tensor:
+        """uint8 `(B, H, G, ceil(columns / 8))`: the mask with eight columns to a byte, the first the lowest bit.
+
+        An eighth of `to_mask`'s bytes and, where more than 1 in 32 columns is kept, fewer than the list's.
+        """
+        width = -(-columns // 8)
+        packed = torch.zeros(*self.indices.shape[:3], width + 1, dtype=torch.uint8, device=self.device)
+        # Kept columns are distinct, so adding their bits sets them; padding slots add to one spare byte.
+        byte = torch.where(self.kept(), self.indices >> 3, width).long()
+        bit = torch.ones((), dtype=torch.uint8, device=self.device) << (self.indices & 7).to(torch.uint8)
+        packed.scatter_add_(-1, byte, bit)
+        return packed[..., :width]
 
     def density(self, columns: int) -> float:
         """Kept columns over all columns, averaged over groups. Reads the counts (syncs with the device)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chipmunk_kernels.columns import ColumnSet, group_count
+from chipmunk_kernels.columns import ColumnSet, group_count, unpack_mask
 from tests.factories import scattered_columns
 
 LISTS = [[[[1, 4], []], [[0], [2, 3, 5]]]]
@@ -38,6 +39,24 @@ def test_lists_read_back_as_written(lists: list[list[list[list[int]]]]) -> None:
     kept = sum(len(group) for batch in lists for head in batch for group in head)
     assert columns.density(7) == pytest.approx(kept / columns.counts.numel() / 7)
     assert int(columns.kept().sum()) == kept
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 193, 200])
+def test_a_packed_mask_holds_the_same_bits(columns: int, device: torch.device) -> None:
+    """Against NumPy's own packing; padding slots, which hold kept columns' indices too, set nothing."""
+    chosen = scattered_columns(2, 2, 193, columns, 64, device=device)
+    packed = chosen.to_packed_mask(columns)
+    mask = chosen.to_mask(columns)
+    expected = numpy.packbits(mask.cpu().numpy(), axis=-1, bitorder="little")
+    assert packed.dtype == torch.uint8 and packed.shape == (2, 2, 4, -(-columns // 8))
+    assert torch.equal(packed.cpu(), torch.from_numpy(expected))
+    assert torch.equal(unpack_mask(packed, columns), mask)
+
+
+def test_what_is_no_packed_mask_is_refused() -> None:
+    for wrong in (torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="packed: expected uint8 with a last dimension of 2 for 16"):
+            unpack_mask(wrong, 16)
 
 
 def test_the_capacity_is_the_largest_count() -> None:
