@@ -1,8 +1,8 @@
 // The sparse MLP delta in one persistent launch: up-projection with cache update, down-projection, overlapped.
 //
 // Compile-time parameters (macros): BF16 (elements are bfloat16, else float16); FLOAT_OUTPUT (the output cache is
-// float32, else of the elements' type); TIMELINE (record when each tile was at work, see `Record`); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
-// output features make a tile; STAGES of its shared.
+// float32, else of the elements' type); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
+// output features make a tile; STAGES of its pipeline; TIMELINE (record when each tile was at work: `Record`).
 //
 // Both products have tokens as rows: D[token, neuron] = X W1[kept]^T and D[token, feature] = delta W2[kept]. The
 // 64 x WIDTH part of a warpgroup reads the least from shared memory that way, and the gathered operand, the one
