@@ -112,7 +112,7 @@ class ColumnSet:
         return mask[..., :columns]
 
     def to_packed_mask(self, columns: int) -> Tensor:
-        """uint8 `(B, H, G, ceil(columns / 8))`: the mask with eight columns to a byte, the first the lowest bit.
+        """uint8 `(B, H, G, ceil(columns / 8))`: the mask, eight columns to a byte, the first the lowest bit.
 
         An eighth of `to_mask`'s bytes and, where more than 1 in 32 columns is kept, fewer than the list's.
         """

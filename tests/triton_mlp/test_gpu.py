@@ -80,6 +80,7 @@ def test_real_sizes(tokens: int, width: int, neurons: int, group_size: int, dtyp
     "settings",
     [
         SparseMlpSettings(up_columns=256, down_width=256, band=8),
+        SparseMlpSettings(up_columns=256, up_stages=4, down_width=256, down_stages=4, prefetch=1, halve=0),
         SparseMlpSettings(up_registers=128, up_stages=4, down_stages=4, band=128),
         SparseMlpSettings(
             up_columns=64, up_depth=128, up_warps=4, up_stages=2, down_depth=32, down_tokens=64, down_warps=4
@@ -94,6 +95,20 @@ def test_any_settings(settings: SparseMlpSettings) -> None:
 @pytest.mark.parametrize("width", [100, 257])
 def test_unaligned_widths(width: int) -> None:
     check(mlp_inputs(1, 131, width, 500, width + 3, 100, dtype=torch.bfloat16, device=GPU), DEFAULT)
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_halved_tiles_of_a_short_last_wave(columns: int) -> None:
+    """Bit for bit what whole tiles give: a neuron's sum runs in the same order in either."""
+    inputs = mlp_inputs(
+        1, 3840, 256, 2048, density=0.5, uniform=True, dtype=torch.bfloat16, group_size=128, device=GPU
+    )
+    results = []
+    for halve in (0, 1):
+        results.append(caches(inputs))
+        call(inputs, *results[-1], SparseMlpSettings(up_columns=columns, halve=halve, prefetch=1))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_agrees_with_the_torch_backend() -> None:

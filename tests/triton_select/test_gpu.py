@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,28 @@ def test_every_setting_selects_the_same(block: int, bits: int, warps: int) -> No
     )
 
 
+@pytest.mark.parametrize("list_columns", [4, 8, 16])
+@pytest.mark.parametrize("list_stages", [1, 2, 3])
+def test_every_way_to_list_candidates(list_columns: int, list_stages: int) -> None:
+    """Beside long-tailed rows one of ties alone and one of NaN, which are left to the radix search."""
+    scores = mass(1, 2, 4, VIDEO_COLUMNS)
+    scores[0, 0, 1], scores[0, 1, 2] = 0.5, float("nan")
+    settings = SelectSettings(list_columns=list_columns, list_stages=list_stages)
+    for always, random in ((text_and_window(4, VIDEO_COLUMNS, VIDEO_COLUMNS), 1190), (None, 0)):
+        arguments = (scores, 5953, always, random, 42, VIDEO_COLUMNS, 5953 + random + 512)
+        assert_equal_sets(
+            topk_columns(*arguments, settings), peer.topk_columns(*arguments, peer.SelectSettings())
+        )
+
+
+@pytest.mark.parametrize("columns", [4096, 4097, 8193, 16384, 16385, 33001, 75600])
+def test_rows_of_every_length(columns: int) -> None:
+    """On both sides of each contest's size, and lengths that no vector of loads divides."""
+    scores = mass(2, 3, 2, columns, seed=columns)
+    arguments = (scores, columns // 20, None, columns // 100, 7, columns, columns // 20 + columns // 100)
+    assert_equal_sets(topk_columns(*arguments, DEFAULT), peer.topk_columns(*arguments, peer.SelectSettings()))
+
+
 @pytest.mark.parametrize("coverage", [0.3, 0.9, 0.999])
 def test_coverage_of_video_rows_is_tight(coverage: float) -> None:
     """Reaches the share to rounding, and would not without its weakest column."""
@@ -98,12 +122,21 @@ def test_coverage_of_video_rows_is_tight(coverage: float) -> None:
 
 
 def test_repeats_graphs_and_streams_are_bit_identical() -> None:
-    scores = mass(1, 4, 30, 4352)
+    covered, counted = mass(1, 4, 30, 4352), mass(1, 2, 8, VIDEO_COLUMNS)
     always = text_and_window(30, 4352, 4352)
+    for scores, choose in (
+        (covered, lambda x: coverage_columns(x, 0.8, 2000, always, 40, 3, 4352, 2600, DEFAULT)),
+        (counted, lambda x: topk_columns(x, 5953, None, 1190, 3, VIDEO_COLUMNS, 7143, DEFAULT)),
+    ):
+        check_repeats(scores, choose)
+
+
+def check_repeats(scores: Tensor, select: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Twice, in a graph, and on a side stream behind the work that makes the scores."""
 
     def choose(x: Tensor) -> tuple[Tensor, Tensor]:
         with poisoned_memory():
-            return coverage_columns(x, 0.8, 2000, always, 40, 3, 4352, 2600, DEFAULT)
+            return select(x)
 
     first, again = choose(scores), choose(scores)
     assert torch.equal(first[0], again[0])
