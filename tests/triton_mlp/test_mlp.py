@@ -70,6 +70,31 @@ def test_any_program_order(band: int) -> None:
     check(mlp_inputs(1, 200, 32, 150, 130, 16, device=DEVICE), settings)
 
 
+@pytest.mark.parametrize("whole", [0, 3, 7])
+def test_halved_tiles(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any tile on, whatever its group keeps; bit for bit as whole ones."""
+    inputs = mlp_inputs(2, 193, 72, 300, 56, 64, device=DEVICE)
+    expected = run(inputs)
+    monkeypatch.setattr(mlp, "_whole_tiles", lambda tiles, batch, wave: min(whole, tiles))
+    halved = run(inputs)
+    assert torch.equal(halved[0], expected[0])
+    assert torch.equal(halved[1], expected[1])
+
+
+def test_which_tiles_are_halved() -> None:
+    """On 132 multiprocessors: 420 tiles leave 24 after three waves, whose halves fit one; 96 do not."""
+    tiles = (420, 360, 264, 100, 150)
+    assert [mlp._whole_tiles(count, 1, 132) for count in tiles] == [396, 360, 264, 100, 132]
+    assert mlp._whole_tiles(420, 2, 132) == 420
+
+
+def test_groups_at_once_fill_the_last_wave() -> None:
+    """73 groups of 14 tiles fit the scratch memory; 66 of them are seven waves of 132 to the last tile."""
+    assert mlp._groups_at_once(930, 3584 * 128 * 2, 14, 132) == 66
+    assert mlp._groups_at_once(30, 3584 * 128 * 2, 14, 132) == 30
+    assert mlp._groups_at_once(5, mlp.SCRATCH_BYTES * 2, 14, 132) == 1
+
+
 def test_a_few_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a video's MLP needs: its packed delta would take gigabytes. Bit for bit as all at once."""
     inputs = mlp_inputs(2, 193, 40, 90, 48, 32, device=DEVICE)
