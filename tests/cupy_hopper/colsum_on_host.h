@@ -1,4 +1,4 @@
-// What colsum_attention.cu needs besides hopper_on_host.h: tensor maps, votes, plain loads and stores.
+// What colsum_attention.cu needs besides hopper_on_host.h: tensor maps, plain loads and stores.
 #define __grid_constant__
 #define __align__(bytes)
 
@@ -10,23 +10,12 @@ using std::log2f;
 static float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 static int block_number() { return me->block; }
 
-static bool any_of(int barrier, int threads, bool mine) {
-    static std::vector<int> votes;
-    votes.resize(blocks.size());
-    votes[me->block] += mine;
-    named_sync(barrier, threads);
-    const bool any = votes[me->block] != 0;
-    named_sync(barrier, threads);
-    votes[me->block] = 0;
-    named_sync(barrier, threads);
-    return any;
-}
-
 static float load_shared_float(unsigned address) {
     float value;
     std::memcpy(&value, at(address), 4);
     return value;
 }
+static void store_shared_float(unsigned address, float x) { std::memcpy(at(address), &x, 4); }
 static void store_shared_floats(unsigned address, float x, float y) {
     std::memcpy(at(address), &x, 4);
     std::memcpy(at(address + 4), &y, 4);

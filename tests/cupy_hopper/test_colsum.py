@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.triton_attention.cases import check, run
 
 MORE = Path(__file__).parent / "colsum_on_host.h"
 FAST = ColsumAttentionSettings()
-WIDE = ColsumAttentionSettings(128, 2, True)
+NARROW = ColsumAttentionSettings(64, 4, True)
 
 
 class AttentionEmulator(Emulator):
@@ -123,10 +124,13 @@ def check_dense(
     ("group_size", "rows", "columns", "settings"),
     [
         (192, 230, 150, FAST),  # a ragged group, a ragged tile
-        (192, 192, 256, ColsumAttentionSettings(64, 4, False)),
-        (128, 130, 200, WIDE),  # two warpgroups
+        (192, 192, 256, NARROW),
+        (192, 100, 200, ColsumAttentionSettings(96, 2, True)),
+        (192, 192, 130, ColsumAttentionSettings(64, 4, False)),
+        (128, 130, 200, FAST),  # two warpgroups
         (128, 100, 129, ColsumAttentionSettings(128, 2, False)),
-        (64, 130, 70, FAST),  # three groups in a block, the last of them ragged
+        (128, 128, 196, ColsumAttentionSettings(96, 2, True)),
+        (64, 130, 70, NARROW),  # three groups in a block, the last of them ragged
         (256, 256, 140, FAST),  # two chunks of a group: sums are added to what the first left
         (100, 150, 65, FAST),  # a group that ends inside a warpgroup's rows
     ],
@@ -144,8 +148,8 @@ def test_groups_and_tiles(
 def test_normalisers_far_off(dtype: torch.dtype, drift: float) -> None:
     """Weights against them leave the range: the groups are done again with running maxima."""
     q, k, v = attention_inputs(1, 1, 140, 130, 64, dtype=dtype)
-    check_colsum(q, k, v, 64, drift=drift)
-    check_colsum(q, k, v, 128, settings=WIDE, drift=drift)
+    check_colsum(q, k, v, 64, drift=drift, settings=NARROW)
+    check_colsum(q, k, v, 128, drift=drift)
 
 
 def test_a_group_of_two_chunks_done_again() -> None:
@@ -160,8 +164,8 @@ def test_lengths_batches_and_strides() -> None:
     lengths = torch.tensor([140, 0, 77], dtype=torch.int32)
     for b, length in enumerate(lengths.tolist()):
         k[b, :, length:] = v[b, :, length:] = torch.nan
-    check_colsum(q, k, v, 128, lengths, settings=WIDE)
-    check_colsum(q, k, v, 64, lengths)
+    check_colsum(q, k, v, 128, lengths)
+    check_colsum(q, k, v, 64, lengths, settings=NARROW)
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0, 2.5])
@@ -179,7 +183,7 @@ def test_rows_that_a_map_cannot_describe() -> None:
 
 @pytest.mark.parametrize("key_length", [None, 0, 130])
 @pytest.mark.parametrize(
-    "settings", [DenseAttentionSettings(), DenseAttentionSettings(3, 64, 4, False)], ids=["two", "three"]
+    "settings", [DenseAttentionSettings(), DenseAttentionSettings(3, 96, 2, False)], ids=["two", "three"]
 )
 def test_dense(settings: DenseAttentionSettings, key_length: int | None) -> None:
     q, k, v = attention_inputs(1, 2, 140, 200, 128, dtype=torch.bfloat16)
@@ -202,7 +206,8 @@ def same_bits(call: Callable[[], tuple[Tensor, ...]], monkeypatch: pytest.Monkey
         assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
 
 
-@pytest.mark.parametrize(("group_size", "settings"), [(192, FAST), (128, WIDE)], ids=["three", "two"])
+@pytest.mark.parametrize("settings", [FAST, NARROW], ids=["in turn", "overlapped"])
+@pytest.mark.parametrize("group_size", [192, 128])
 def test_same_bits_in_any_order(
     group_size: int, settings: ColsumAttentionSettings, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -216,8 +221,13 @@ def test_same_bits_in_any_order(
 def test_settings_say_what_does_not_fit() -> None:
     problem = Problem("colsum_attention", rows=4480, columns=4480, width=128, heads=24, group_size=192)
     assert FAST.misfit(problem) is None
-    assert "registers" in str(WIDE.misfit(problem))
-    assert "shared memory" in str(ColsumAttentionSettings(128, 4).misfit(problem))
+    assert "nothing overlaps" in str(replace(FAST, overlap=False).misfit(problem))
+    assert replace(FAST, overlap=False).misfit(replace(problem, group_size=128)) is None
+    assert "shared memory" in str(replace(FAST, stages=4).misfit(problem))
+    dense_problem = replace(problem, operation="dense_attention")
+    assert DenseAttentionSettings().misfit(dense_problem) is None
+    assert "registers" in str(DenseAttentionSettings(3, 128, 2, False).misfit(dense_problem))
+    assert "registers" in str(DenseAttentionSettings(3, 96, 2, True).misfit(dense_problem))
     assert hopper.unsupported(torch.bfloat16, 128) is None
     assert "32" in str(hopper.unsupported(torch.float16, 32))
     assert "float32" in str(hopper.unsupported(torch.float32, 64))

@@ -1,7 +1,7 @@
 // Dense attention, and dense attention that also sums each group's attention mass per column.
 //
 // Compile-time parameters (macros): BF16; WIDTH, the head dimension, 64 or 128; MASS, whether columns are summed;
-// BLOCK_N columns taken in at a time, 64 or 128; CONSUMERS, warpgroups of 64 query rows each; SPAN of them that work
+// BLOCK_N columns taken in at a time, 64, 96 or 128; CONSUMERS, warpgroups of 64 query rows each; SPAN of them that work
 // on one group; STAGES of key and value tiles in flight; OVERLAP, whether a warpgroup starts the next tile's
 // logits before it waits for this tile's output.
 //
@@ -29,7 +29,7 @@ constexpr int WG_ROWS = 64;
 constexpr int WG_WARPS = 4;
 constexpr int CONSUMER_WARPS = CONSUMERS * WG_WARPS;
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-constexpr int FIRST_REDUCER = 64;
+constexpr int FIRST_REDUCER = BLOCK_N % 96 ? 64 : 32;  // so that each has the same number of columns
 constexpr int REDUCERS = WARPGROUP - FIRST_REDUCER;
 constexpr int BLOCK_GROUPS = CONSUMERS / SPAN;
 constexpr int CHUNK_ROWS = SPAN * WG_ROWS;  // of one group, in a block at a time
@@ -50,16 +50,16 @@ constexpr int SCORES = BLOCK_N / 2;  // accumulators a thread has of a 64 x BLOC
 constexpr int OUTPUTS = WIDTH / 2;
 
 // Weights are taken, packed and multiplied by values PART columns at a time, which keeps registers few.
-constexpr int PART = 64;
+constexpr int PART = OVERLAP && BLOCK_N % 64 == 0 ? 64 : 32;
 constexpr int PARTS = BLOCK_N / PART;
 constexpr int PART_SCORES = PART / 2;
 constexpr int PART_WORDS = PART / 4;  // of packed weights
 constexpr int SUMS = PART / 4;        // columns of a part of which a thread has (two) rows
 
-constexpr float LOG2E = 1.4426950408889634f;
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 #define INFINITE __int_as_float(0x7f800000)
-constexpr float LARGEST_SHARE = 112.0f;  // in base 2: 65536 rows of it still add up to a finite float
+[[maybe_unused]] constexpr float LARGEST_SHARE = 112.0f;  // in base 2: 65536 rows of it still add up to a finite float
 
 // float16 has 30 binary exponents, so weights are moved to where there is room: up from 1/columns where they are
 // taken against a normaliser, down from 1 where they are taken against a maximum that may still grow.
@@ -69,7 +69,7 @@ constexpr float LARGEST_SUM = BF16 ? 18446744073709551616.0f : 65504.0f;
 constexpr float SMALLEST_SUM = !MASS ? 0.0f : BF16 ? 1.0f / 18446744073709551616.0f : 16.0f;
 
 static_assert(WIDTH == 64 || WIDTH == 128, "rows are one or two tiles wide");
-static_assert(BLOCK_N == 64 || BLOCK_N == 128, "lanes halve their columns three times");
+static_assert(BLOCK_N % PART == 0 && BLOCK_N % REDUCERS == 0, "tiles are shared out evenly");
 static_assert(CONSUMERS % SPAN == 0, "a block has whole groups");
 
 // Where everything is in shared memory (addresses of the shared window).
@@ -91,6 +91,8 @@ struct Shared {
     __device__ __forceinline__ unsigned values_empty(int stage) const { return keys_full(stage + 3 * STAGES); }
     __device__ __forceinline__ unsigned sums_full(int slot) const { return keys_full(slot + 4 * STAGES); }
     __device__ __forceinline__ unsigned sums_empty(int slot) const { return sums_full(slot + PARTIAL_SLOTS); }
+    // A number: not 0 once some row's anchor has failed. Threads read it after a run; those who write it write 1.
+    __device__ __forceinline__ unsigned failed() const { return sums_empty(PARTIAL_SLOTS); }
 };
 
 // Tiles are numbered through all that a block does; a number says which of LENGTH buffers holds the tile, and the
@@ -147,8 +149,8 @@ struct Work {
 
     __device__ __forceinline__ int chunk_of(int run) const { return run < chunks ? run : run - chunks; }
 
-    __device__ __forceinline__ bool goes_on(int run, bool again) const {
-        return run < chunks || (again && run < 2 * chunks);
+    __device__ __forceinline__ bool goes_on(int run, const Shared& shared) const {
+        return run < chunks || (run < 2 * chunks && load_shared_float(shared.failed()) != 0.0f);
     }
 };
 
@@ -169,7 +171,8 @@ struct RowRange {
     }
 };
 
-__device__ __forceinline__ bool any_in_block(bool mine) { return any_of(1, THREADS, mine); }
+// All threads of the block have done their part of a run.
+__device__ __forceinline__ void end_run() { named_sync(1, THREADS); }
 
 // ---- The helper's first warp: copies -------------------------------------------------------------------------
 
@@ -185,10 +188,9 @@ __device__ __forceinline__ void load_rows(
 __device__ __forceinline__ void load_all(const Arguments& a, const Shared& shared) {
     const Work work(a);
     const bool copies = threadIdx.x == 0;
-    bool again = false;
     int number = 0;
 #pragma unroll 1
-    for (int run = 0; work.goes_on(run, again); ++run) {
+    for (int run = 0; work.goes_on(run, shared); ++run) {
         if (copies) {
             barrier_arrive_expect(shared.queries_full(), QUERY_BYTES);
             for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup)
@@ -213,7 +215,7 @@ __device__ __forceinline__ void load_all(const Arguments& a, const Shared& share
             }
             __syncwarp();
         }
-        again |= any_in_block(false);
+        end_run();
     }
 }
 
@@ -397,8 +399,11 @@ __device__ __forceinline__ void hand_over_sums(
     halve_sums<SUMS / 2, 16>(sums, lane);
     halve_sums<SUMS / 4, 8>(sums, lane);
     halve_sums<SUMS / 8, 4>(sums, lane);
-    store_shared_floats(
-        shared.partials + place * PARTIAL_BYTES + (warp * BLOCK_N + part * PART + 2 * lane) * 4, sums[0], sums[1]);
+    const unsigned target = shared.partials + place * PARTIAL_BYTES + (warp * BLOCK_N + part * PART) * 4;
+    if constexpr (PART == 64)
+        store_shared_floats(target + lane * 8, sums[0], sums[1]);
+    else
+        store_shared_float(target + (lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2) * 4, sums[0]);
     if (part == PARTS - 1) arrive_once(shared.sums_full(place));
 }
 
@@ -673,9 +678,9 @@ __device__ __forceinline__ RowState initial_state(const Arguments& a, const Work
     return rows;
 }
 
-// One warpgroup's part of a run. Returns whether its results can be trusted.
+// One warpgroup's part of a run.
 template <bool ANCHORED>
-__device__ __forceinline__ bool consume(const Arguments& a, const Shared& shared, int run) {
+__device__ __forceinline__ void consume(const Arguments& a, const Shared& shared, int run) {
     const int warpgroup = threadIdx.x / WARPGROUP - 1;
     RowState rows;
     float o[OUTPUTS];
@@ -690,47 +695,50 @@ __device__ __forceinline__ bool consume(const Arguments& a, const Shared& shared
     }
     const Work work(a);
     const RowRange range(a, work, work.chunk_of(run), warpgroup);
-    bool trusted = true;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-        if (ANCHORED && range.row_of_thread(half) < range.end && work.tiles)
-            trusted &= rows.sum[half] >= SMALLEST_SUM && rows.sum[half] <= LARGEST_SUM;
+    for (int half = 0; half < 2; ++half) {
+        const bool in_range = rows.sum[half] >= SMALLEST_SUM && rows.sum[half] <= LARGEST_SUM;
+        if (ANCHORED && work.tiles && range.row_of_thread(half) < range.end && !in_range)
+            store_shared_float(shared.failed(), 1.0f);
+    }
     write_rows(a, work, range, rows, o);
-    return trusted;
 }
 
 __device__ __forceinline__ void consume_all(const Arguments& a, const Shared& shared) {
     const int chunks = (a.group_size + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    bool again = false;
     int run = 0;
 #pragma unroll 1
-    for (; run < chunks; ++run) again |= any_in_block(!consume<true>(a, shared, run));
-    if (!again) return;
+    for (; run < chunks; ++run) {
+        consume<true>(a, shared, run);
+        end_run();
+    }
+    if (load_shared_float(shared.failed()) == 0.0f) return;
 #pragma unroll 1
-    for (; run < 2 * chunks; ++run) any_in_block(!consume<false>(a, shared, run));
+    for (; run < 2 * chunks; ++run) {
+        consume<false>(a, shared, run);
+        end_run();
+    }
 }
 
 __device__ __forceinline__ void reduce_all(const Arguments& a, const Shared& shared) {
     const Work work(a);
     const int thread = threadIdx.x - FIRST_REDUCER;
-    bool again = false;
     if (MASS) clear_mass(a, work, thread);
 #pragma unroll 1
-    for (int run = 0; work.goes_on(run, again); ++run) {
+    for (int run = 0; work.goes_on(run, shared); ++run) {
         if (MASS)
             reduce_tiles(
                 a, work, shared, thread, run < work.chunks ? UNLIFT : 1.0f, work.chunk_of(run) > 0,
                 run * work.tiles);
-        again |= any_in_block(false);
+        end_run();
     }
 }
 
-// The warp without work takes part in what the block decides together.
-__device__ __forceinline__ void vote_along(const Arguments& a) {
+// The warp without work is counted at the end of each run.
+__device__ __forceinline__ void run_along(const Arguments& a, const Shared& shared) {
     const Work work(a);
-    bool again = false;
 #pragma unroll 1
-    for (int run = 0; work.goes_on(run, again); ++run) again |= any_in_block(false);
+    for (int run = 0; work.goes_on(run, shared); ++run) end_run();
 }
 
 __device__ __forceinline__ void init_barriers(const Shared& shared) {
@@ -745,6 +753,7 @@ __device__ __forceinline__ void init_barriers(const Shared& shared) {
         barrier_init(shared.sums_full(slot), CONSUMER_WARPS);
         barrier_init(shared.sums_empty(slot), REDUCERS);
     }
+    store_shared_float(shared.failed(), 0.0f);
     fence_barrier_init();
 }
 
@@ -760,7 +769,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
         else if (threadIdx.x >= FIRST_REDUCER)
             reduce_all(a, shared);
         else
-            vote_along(a);
+            run_along(a, shared);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         consume_all(a, shared);

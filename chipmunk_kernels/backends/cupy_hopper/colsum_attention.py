@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,17 +49,21 @@ class Shape:
     overlap: bool
 
     def shared_bytes(self, width: int) -> int:
-        """Shared memory of a block: queries, tiles, two sets of column sums, barriers."""
+        """Shared memory of a block: queries, tiles, two sets of column sums, barriers and a flag."""
         rows = self.consumers * WARPGROUP_ROWS + 2 * self.stages * self.block_n
         sums = 2 * 4 * self.consumers * self.block_n * 4 if self.mass else 0
-        return rows * width * 2 + sums + 8 * (1 + 4 * self.stages + 4)
+        return rows * width * 2 + sums + 8 * (1 + 4 * self.stages + 4 + 1)
 
     def misfit(self, width: int) -> str | None:
         """Why a kernel of this shape cannot run, or would spill registers; None if it can."""
         if self.shared_bytes(width) > SHARED_BYTES:
             return f"needs {self.shared_bytes(width)} bytes of shared memory, a block has {SHARED_BYTES}"
-        if self.consumers == 3 and self.block_n == 128:
-            return "with three warpgroups a thread has 160 registers, too few for 128 columns at a time"
+        if self.consumers == 3 and self.overlap and self.block_n > 64:
+            return (
+                f"with three warpgroups a thread has 160 registers, too few to overlap {self.block_n} columns"
+            )
+        if self.consumers == 3 and not self.mass and self.block_n > 96 and width > 64:
+            return "three warpgroups leave a thread 160 registers, too few to find anchors in 128 columns"
         return None
 
 
@@ -70,21 +74,26 @@ class ColsumAttentionSettings(LaunchSettings):
     Attributes:
         block_n: columns taken in at a time.
         stages: tiles of keys and values in flight.
-        overlap: whether a warpgroup starts the next tile's logits before it waits for this tile's output.
+        overlap: whether a warpgroup starts the next tile's logits before it waits for this tile's output,
+            where registers allow that: with two warpgroups, or 64 columns.
     """
 
-    block_n: int = choice(64, 64, 128)
-    stages: int = choice(4, 2, 4)
+    block_n: int = choice(128, 64, 96, 128)
+    stages: int = choice(2, 2, 4)
     overlap: bool = choice(True, True, False)
 
     def shape(self, group_size: int) -> Shape:
         """Three warpgroups or two, whichever leaves fewer of them idle in a group; three groups of 64."""
         tiles = -(-group_size // WARPGROUP_ROWS)
         consumers = 3 if tiles == 1 or -tiles % 3 <= -tiles % 2 else 2
-        return Shape(True, consumers, 1 if tiles == 1 else consumers, self.block_n, self.stages, self.overlap)
+        overlap = self.overlap and (consumers == 2 or self.block_n == 64)
+        return Shape(True, consumers, 1 if tiles == 1 else consumers, self.block_n, self.stages, overlap)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        return self.shape(problem.group_size).misfit(problem.width)
+        shape = self.shape(problem.group_size)
+        if not self.overlap and shape == replace(self, overlap=True).shape(problem.group_size):
+            return "nothing overlaps here with or without `overlap`"
+        return shape.misfit(problem.width)
 
 
 def source(dtype: torch.dtype, width: int, shape: Shape) -> Source:

@@ -31,7 +31,7 @@ class DenseAttentionSettings(LaunchSettings):
     """
 
     warpgroups: int = choice(2, 2, 3)
-    block_n: int = choice(128, 64, 128)
+    block_n: int = choice(128, 64, 96, 128)
     stages: int = choice(2, 2, 4)
     overlap: bool = choice(True, True, False)
 

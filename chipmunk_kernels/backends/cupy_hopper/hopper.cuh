@@ -83,18 +83,6 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Whether any of `threads` threads says so; all of them ask, at a named barrier.
-__device__ __forceinline__ bool any_of(int barrier, int threads, bool mine) {
-    int any;
-    asm volatile(
-        "{\n.reg .pred mine, any;\nsetp.ne.s32 mine, %3, 0;\n"
-        "bar.red.or.pred any, %1, %2, mine;\nselp.s32 %0, 1, 0, any;\n}"
-        : "=r"(any)
-        : "r"(barrier), "r"(threads), "r"(static_cast<int>(mine))
-        : "memory");
-    return any;
-}
-
 // Generic-proxy writes so far, of this thread or observed by it, come before async-proxy accesses after this.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -177,6 +165,10 @@ __device__ __forceinline__ float load_shared_float(unsigned address) {
     float value;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
     return value;
+}
+
+__device__ __forceinline__ void store_shared_float(unsigned address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_floats(unsigned address, float x, float y) {
