@@ -113,11 +113,16 @@ def check_colsum(
 
 
 def check_dense(
-    q: Tensor, k: Tensor, v: Tensor, key_length: int | None, settings: DenseAttentionSettings
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_length: int | None,
+    settings: DenseAttentionSettings,
+    scale: float = 0.1,
 ) -> None:
-    got = run(dense.dense_attention, q, k, v, key_length, 0.1, settings)
-    exact = truth.dense_attention(q.double(), k.double(), v.double(), key_length, 0.1)
-    check(got, exact, truth.dense_attention(q, k, v, key_length, 0.1), q.dtype)
+    got = run(dense.dense_attention, q, k, v, key_length, scale, settings)
+    exact = truth.dense_attention(q.double(), k.double(), v.double(), key_length, scale)
+    check(got, exact, truth.dense_attention(q, k, v, key_length, scale), q.dtype)
 
 
 @pytest.mark.parametrize(
