@@ -90,6 +90,7 @@ def _on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "load", emulator.load)
     monkeypatch.setattr(hopper, "launch", emulator.launch)
     monkeypatch.setattr(tensor_maps, "_encode", host_map)
+    tensor_maps._map.cache_clear()
     hopper._kernel.cache_clear()
 
 

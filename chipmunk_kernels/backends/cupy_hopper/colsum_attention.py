@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.module import Source, launch, load
 from chipmunk_kernels.backends.cupy_hopper import FOLDER
-from chipmunk_kernels.backends.cupy_hopper.tensor_maps import mappable, rows_map
+from chipmunk_kernels.backends.cupy_hopper.tensor_maps import MAP_BYTES, with_map
 from chipmunk_kernels.columns import group_count
 from chipmunk_kernels.layout import empty_like_queries
 from chipmunk_kernels.problem import Problem
@@ -26,6 +26,7 @@ WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # that a Hopper block can have
 _ARGUMENTS = struct.Struct("<5Q3q6if36x")  # of the kernel, after its three tensor maps
+_STRUCT = np.dtype((np.void, 3 * MAP_BYTES + _ARGUMENTS.size))  # CuPy passes an array of one by value
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,18 @@ def attend(
         previous = lse_prev.contiguous()
     blocks = batch * heads * -(-groups // (shape.consumers // shape.span))
     if blocks:
-        q, k, v = mappable(q), mappable(k), mappable(v)
-        maps = rows_map(q, rows, WARPGROUP_ROWS)
-        # Without keys nothing reads through their maps, but a map of nothing does not exist.
-        maps += rows_map(k, keys, shape.block_n) + rows_map(v, keys, shape.block_n) if keys else maps + maps
-        arguments = maps + _ARGUMENTS.pack(
+        q, q_map = with_map(q, rows, WARPGROUP_ROWS)
+        k_map = v_map = q_map  # nothing reads through those of no keys, but a map of nothing does not exist
+        if keys:
+            k, k_map = with_map(k, keys, shape.block_n)
+            v, v_map = with_map(v, keys, shape.block_n)
+        arguments = q_map + k_map + v_map + _ARGUMENTS.pack(
             _address(previous), _address(lengths), out.data_ptr(), lse.data_ptr(), _address(mass),
             *out.stride()[:3], heads, rows, keys, columns, groups, group_size, scale * LOG2E,
         )  # fmt: skip
         kernel, shared_bytes = _kernel(q.dtype, width, shape, device)
         threads = (shape.consumers + 1) * WARPGROUP_THREADS
-        launch(kernel, device, blocks, threads, _by_value(arguments), shared_bytes=shared_bytes)
+        launch(kernel, device, blocks, threads, np.frombuffer(arguments, _STRUCT), shared_bytes=shared_bytes)
     return out, lse, mass
 
 
@@ -201,11 +203,6 @@ def _kernel(dtype: torch.dtype, width: int, shape: Shape, device: torch.device) 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _by_value(argument: bytes) -> np.ndarray[Any, Any]:
-    """One struct, as CuPy passes it by value: an array with one element."""
-    return np.frombuffer(argument, dtype=np.dtype((np.void, len(argument))))
 
 
 KERNELS = (Kernel("colsum_attention", "cupy_hopper", colsum_attention, ColsumAttentionSettings, unsupported),)

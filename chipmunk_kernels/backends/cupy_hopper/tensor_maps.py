@@ -1,8 +1,8 @@
 """Tensor maps: how Hopper's copy engine is told where the rows of a `(B, H, N, D)` tensor lie.
 
 The driver encodes them on the host (128 opaque bytes each) and kernels take them by value. Encoding costs
-microseconds and depends on the address alone beyond the shape, so maps are remembered: a caching allocator
-hands out the same addresses again and again.
+microseconds and depends on address and shape alone, so maps are remembered: a caching allocator hands out the
+same addresses again and again.
 """
 
 from __future__ import annotations
@@ -23,37 +23,42 @@ _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZEROS = 0, 3, 3, 0
 _STEP_BYTES = 16  # addresses and strides are multiples of it
 
 
-def fits(x: Tensor) -> bool:
-    """Whether a map can describe this `(B, H, N, D)` tensor: D contiguous, rows 16-byte aligned, not shared."""
-    item = x.element_size()
-    steps = [stride * item for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    aligned = all(step > 0 and step % _STEP_BYTES == 0 for step in steps)
-    return aligned and x.data_ptr() % _STEP_BYTES == 0 and x.stride(3) == 1
+def with_map(x: Tensor, rows: int, box_rows: int) -> tuple[Tensor, bytes]:
+    """The `(B, H, N, D)` tensor and its map in boxes of `box_rows` × 64; zeros past the first `rows` rows.
 
-
-def mappable(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy that a map can describe."""
-    return x if fits(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def rows_map(x: Tensor, rows: int, box_rows: int) -> bytes:
-    """A map of `(B, H, N, D)` in boxes of `box_rows` × 64 elements; past the first `rows` it gives zeros.
+    A tensor that no map can describe, since its rows are not 16-byte aligned or share memory, is copied.
 
     Raises:
         RuntimeError: the driver refuses; the message has its error code.
     """
-    batch, heads, _, width = x.shape
-    return _encode(x.data_ptr(), x.dtype, (width, rows, heads, batch), _strides(x), box_rows)
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Bytes from row to row, head to head, batch to batch; where there is but one, any valid number."""
-    item, width = x.element_size(), x.shape[3]
-    n, h, b = ((x.stride(dim) if x.shape[dim] > 1 else width) * item for dim in (2, 1, 0))
-    return n, h, b
+    found = _map(x.data_ptr(), x.dtype, x.shape, x.stride(), rows, box_rows)
+    if found is not None:
+        return x, found
+    return with_map(x.clone(memory_format=torch.contiguous_format), rows, box_rows)
 
 
 @functools.lru_cache(maxsize=4096)
+def _map(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    rows: int,
+    box_rows: int,
+) -> bytes | None:
+    """The map, or None where there can be none. One lookup a tensor: all the checks are behind it."""
+    batch, heads, _, width = shape
+    # Bytes from row to row, head to head, batch to batch; where there is but one, any valid number.
+    steps = [
+        (step if size > 1 else width) * dtype.itemsize
+        for size, step in zip(shape[2::-1], stride[2::-1], strict=True)
+    ]
+    aligned = address % _STEP_BYTES == 0 and all(step > 0 and step % _STEP_BYTES == 0 for step in steps)
+    if not aligned or stride[3] != 1:
+        return None
+    return _encode(address, dtype, (width, rows, heads, batch), tuple(steps), box_rows)
+
+
 def _encode(
     address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box_rows: int
 ) -> bytes:
