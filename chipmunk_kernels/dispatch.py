@@ -1,8 +1,9 @@
 """Which kernel runs a problem, with which launch settings.
 
 An explicit backend is honoured or refused. Otherwise the profile's winner runs, if its backend can; else
-the first of the device's default order. Whatever is passed over is said once. Answers are cached: asking
-again costs microseconds, and a profile that was loaded anew counts as another question.
+the first of the device's default order. A kernel that turns out not to build gives way to the next. Whatever
+is passed over is said once. Answers are cached: asking again costs microseconds, and a profile that was
+loaded anew counts as another question.
 """
 
 from __future__ import annotations
@@ -10,22 +11,36 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chipmunk_kernels import registry
 from chipmunk_kernels.problem import OPERATIONS, Problem
-from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.registry import BuildError, Kernel
 from chipmunk_kernels.settings import LaunchSettings
 
 if TYPE_CHECKING:
     from chipmunk_kernels.profiles import Entry, Profile
 
-DEFAULT_ORDER = {"cuda": ("triton", "torch")}
-"""Backends by device type, best first; a device not named here has torch alone."""
+HOPPER = (9, 0)
 
 _told: set[str] = set()
+_broken: dict[tuple[str, str], str] = {}
+"""(operation, backend) → why its kernel did not build in this process."""
+
+
+@functools.cache
+def default_order(device: torch.device) -> tuple[str, ...]:
+    """Backends for a device that no profile speaks of, best first.
+
+    CUDA kernels written for one architecture come before portable ones, those before torch's own.
+    """
+    if device.type != "cuda":
+        return ("torch",)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device) == HOPPER
+    return (*(("cupy_hopper",) if hopper else ()), "triton", "torch")
 
 
 def select(
@@ -85,7 +100,8 @@ def resolve(
 ) -> tuple[Kernel, LaunchSettings]:
     """`select` for a registered operator: plain values, `backend` and `settings` as strings, "" to choose.
 
-    `kept` is the capacity of the column set, which stands for the density: the counts stay unread.
+    `kept` is the capacity of the column set, which stands for the density: the counts stay unread. Where
+    dispatch chose, a kernel that does not build hands its call to the next one.
     """
     key = (rows, columns, width, batch, heads, dtype, group_size, kept)
     return _resolve(operation, device, backend, settings, key, _profile(device))
@@ -130,7 +146,28 @@ def _resolve(
     built = None
     if settings:
         built = registry.kernel(operation, backend).settings.from_mapping(json.loads(settings))
-    return _select(operation, problem, device, backend or None, built, profile)
+    kernel, launch = _select(operation, problem, device, backend or None, built, profile)
+    if backend:
+        return kernel, launch
+
+    def run_or_pass_on(*arguments: Any) -> Any:
+        try:
+            return kernel.run(*arguments)
+        except BuildError as error:
+            _pass_over(kernel, error)
+        following, following_launch = _resolve(operation, device, backend, settings, key, profile)
+        return following.run(*arguments[:-1], following_launch)
+
+    return replace(kernel, run=run_or_pass_on), launch
+
+
+def _pass_over(kernel: Kernel, error: BuildError) -> None:
+    """Remember a kernel that does not build, and forget the answers that named it."""
+    if kernel.backend == "torch":  # nothing comes after it
+        raise error
+    _broken[kernel.operation, kernel.backend] = f"its kernel does not build ({error})"
+    _select.cache_clear()
+    _resolve.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,7 +210,7 @@ def _demand(operation: str, backend: str, problem: Problem, device: torch.device
 
 def _best(operation: str, problem: Problem, device: torch.device, entry: Entry | None) -> Kernel:
     """The profile's winner, or the next backend that can."""
-    order = DEFAULT_ORDER.get(device.type, ("torch",))
+    order = tuple(name for name in default_order(device) if _offers(name, operation))
     names = dict.fromkeys(((entry.backend,) if entry else ()) + order)
     passed_over: list[str] = []
     for name in names:
@@ -184,6 +221,14 @@ def _best(operation: str, problem: Problem, device: torch.device, entry: Entry |
             return registry.kernel(operation, name)
         passed_over.append(f"{name} cannot: {reason}")
     raise RuntimeError(f"{operation}: no backend can run this on {device}: {'; '.join(passed_over)}")
+
+
+def _offers(backend: str, operation: str) -> bool:
+    """Whether a backend has such a kernel at all, so that only a real loss is spoken of."""
+    try:
+        return operation in registry.kernels(backend)
+    except ImportError:  # not to be listed without its package; `unavailable` names that
+        return True
 
 
 def _tuned(kernel: Kernel, problem: Problem, entry: Entry | None) -> LaunchSettings:
@@ -216,6 +261,8 @@ def _why_not(operation: str, backend: str, problem: Problem, device: torch.devic
     kernel = registry.kernels(backend).get(operation)
     if kernel is None:
         return f"it has no {operation} kernel"
+    if (operation, backend) in _broken:
+        return _broken[operation, backend]
     return kernel.unsupported(getattr(torch, problem.dtype), problem.width)
 
 

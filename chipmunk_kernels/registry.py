@@ -23,6 +23,10 @@ from chipmunk_kernels.settings import LaunchSettings
 BACKENDS = ("torch", "triton", "cupy", "cupy_hopper")
 
 
+class BuildError(RuntimeError):
+    """A kernel that cannot be built for this device; the message is the compiler's or the loader's."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One backend's way to run one operation.

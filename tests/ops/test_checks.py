@@ -112,7 +112,7 @@ CASES: list[tuple[str, Callable[[], Any]]] = [
     (r"columns: expected \(B, H, G\) = \(1, 1, 2\)", lambda: mlp(columns=columns)),
     (r"group_size: expected a positive", lambda: ck.group_mean(m.x, 0)),
     (
-        r"backend: expected one of torch, triton, cupy; got 'tortch'",
+        r"backend: expected one of torch, triton, cupy, cupy_hopper; got 'tortch'",
         lambda: ck.group_mean(m.x, 64, backend="tortch"),
     ),
     (r"settings: .*takes SparseSettings", lambda: ck.dense_attention(q, k, v, settings=SparseSettings())),

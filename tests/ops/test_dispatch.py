@@ -15,7 +15,7 @@ from chipmunk_kernels import dispatch, profiles, registry
 from chipmunk_kernels.backends.torch.attention import DenseSettings, SparseSettings
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import Entry, Profile
-from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.registry import BuildError, Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
 from tests.factories import attention_inputs, scattered_columns
 
@@ -36,6 +36,7 @@ class OtherBackend:
 
     reason: str | None = None
     refuses: str | None = None
+    broken: str | None = None
 
     def unavailable(self, device: torch.device) -> str | None:
         return self.reason
@@ -44,6 +45,8 @@ class OtherBackend:
         run = registry.kernel("sparse_attention", "torch").run
 
         def through_torch(*arguments: object) -> object:
+            if self.broken:
+                raise BuildError(self.broken)
             return run(*arguments[:-1], SparseSettings())
 
         return {
@@ -59,6 +62,8 @@ def _fresh_caches() -> Iterator[None]:
         dispatch._select.cache_clear()
         dispatch._resolve.cache_clear()
         dispatch._told.clear()
+        dispatch._broken.clear()
+        dispatch.default_order.cache_clear()
         registry.kernels.cache_clear()
 
     forget()
@@ -143,7 +148,7 @@ def test_an_explicit_backend_that_cannot_serve_is_refused_with_the_reason(other:
 
 
 def test_an_unknown_backend_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="expected one of torch, triton, cupy; got 'cuda'"):
+    with pytest.raises(ValueError, match="expected one of torch, triton, cupy, cupy_hopper; got 'cuda'"):
         dispatch.select(PROBLEM, CPU, backend="cuda")
 
 
@@ -185,6 +190,49 @@ def test_an_operation_follows_the_profile_in_the_environment(
     assert isinstance(found, torch.Tensor) and torch.equal(found, expected)
 
 
+def test_a_kernel_that_does_not_build_gives_way_with_one_warning(
+    other: OtherBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = attention_inputs(1, 1, 256, 256)
+    columns = scattered_columns(1, 1, 256, 256)
+    expected = ck.sparse_attention(q, k, v, columns, backend="torch")
+    entry = Entry(replace(PROBLEM, dtype="float32"), "cupy", {"tile": 32}, {}, None)
+    monkeypatch.setattr(dispatch, "_profile", lambda device: Profile(entries=(entry,)))
+    other.broken = "sparse_attention.cu: error: expected a ';'"
+    with pytest.warns(
+        RuntimeWarning, match=r"using the torch backend.*does not build.*expected a ';'"
+    ) as said:
+        for _ in range(3):
+            assert torch.equal(ck.sparse_attention(q, k, v, columns), expected)
+    assert len(said) == 1
+    with pytest.raises(RuntimeError, match=r"cupy backend cannot run this.*does not build"):
+        ck.sparse_attention(q, k, v, columns, backend="cupy")
+
+
+def test_an_explicit_backend_that_does_not_build_raises(other: OtherBackend) -> None:
+    q, k, v = attention_inputs(1, 1, 256, 256)
+    other.broken = "NVRTC is missing"
+    with pytest.raises(BuildError, match="NVRTC is missing"):
+        ck.sparse_attention(q, k, v, scattered_columns(1, 1, 256, 256), backend="cupy")
+
+
+@pytest.mark.parametrize(
+    ("capability", "order"),
+    [
+        ((9, 0), ("cupy_hopper", "triton", "torch")),
+        ((10, 0), ("triton", "torch")),
+        ((8, 9), ("triton", "torch")),
+    ],
+)
+def test_kernels_for_one_architecture_come_first_there(
+    capability: tuple[int, int], order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch.default_order(torch.device("cuda:0")) == order
+    assert dispatch.default_order(CPU) == ("torch",)
+
+
 def test_asking_again_costs_microseconds() -> None:
     dispatch.select(PROBLEM, CPU)
     start = time.thread_time()
@@ -194,8 +242,10 @@ def test_asking_again_costs_microseconds() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_prefers_triton_and_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "triton"
+def test_a_gpu_runs_the_first_backend_of_its_order_that_can() -> None:
+    device = torch.device("cuda")
+    able = [name for name in dispatch.default_order(device) if registry.unavailable(name, device) is None]
+    assert dispatch.select(PROBLEM, device, profile=Profile.empty())[0].backend == able[0]
 
 
 def test_a_gpu_without_triton_falls_back_to_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
