@@ -126,7 +126,8 @@ def fitting(group_size: int, width: int = 128) -> list[SparseAttentionSettings]:
 @pytest.mark.parametrize("group_size", [64, 128, 192, 256])
 def test_each_group_size_has_candidates(group_size: int) -> None:
     assert len(fitting(group_size)) > 20
-    assert {each.consumers for each in fitting(group_size)} <= {64: {1}, 192: {1, 3}}.get(group_size, {1, 2})
+    consumers = {each.fitted(group_size).consumers for each in fitting(group_size)}
+    assert consumers == {64: {1}, 192: {1, 3}}.get(group_size, {1, 2})
 
 
 def test_misfits() -> None:
@@ -139,7 +140,12 @@ def test_misfits() -> None:
     ):
         assert reason in str(settings.misfit(problem(192)))
     assert "more than 128 rows need" in str(SparseAttentionSettings(3).misfit(problem(128)))
-    assert SparseAttentionSettings().misfit(problem(192)) is None
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("group_size", [1, 64, 100, 128, 192, 256, 320, 448, 1000])
+def test_the_defaults_fit_every_group(group_size: int, width: int) -> None:
+    assert SparseAttentionSettings().misfit(problem(group_size, width)) is None
 
 
 def test_warpgroups_are_cut_to_the_group() -> None:
@@ -147,6 +153,14 @@ def test_warpgroups_are_cut_to_the_group() -> None:
     assert not SparseAttentionSettings(3, ping_pong=True).fitted(50).ping_pong
     assert SparseAttentionSettings(3).fitted(128).consumers == 2
     assert SparseAttentionSettings(2).fitted(1000) == SparseAttentionSettings(2)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "consumers"), [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 2), (320, 3), (448, 2)]
+)
+def test_warpgroups_chosen_for_the_group(group_size: int, consumers: int) -> None:
+    """As many as share a row without idling much."""
+    assert SparseAttentionSettings().fitted(group_size).consumers == consumers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
@@ -160,7 +174,7 @@ def test_refuses_other_types_and_widths(dtype: torch.dtype) -> None:
 COMPILED = [
     (settings, dtype, width)
     for settings, dtype, width in (
-        (SparseAttentionSettings(), BF16, 128),
+        (SparseAttentionSettings().fitted(192), BF16, 128),
         (SparseAttentionSettings(3, 128, 2, overlap=False), FP16, 128),
         (SparseAttentionSettings(2, 176, 2, ping_pong=True), BF16, 128),
         (SparseAttentionSettings(1, 64, 2, blocks=2), BF16, 128),

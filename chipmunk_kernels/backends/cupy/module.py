@@ -1,10 +1,11 @@
-"""Compile a .cu file for a device with NVRTC, and launch its kernels on torch's current stream.
+"""Compile a .cu file for a device with NVRTC.
 
 A `Source` names a .cu file beside this one and its compile-time parameters, which reach the code as macros,
 so that every tile size is a constant there. `load` compiles it for the device's own architecture and keeps
-the kernel for the process; `launch` runs it. RawModule by itself compiles for plain architectures only, and
-the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with an "a" alone: so NVRTC
-is called here, the binary kept in CuPy's cache folder, and RawModule loads it from there.
+the kernel for the process; `launch`, from `launching.py`, runs it. RawModule by itself compiles for plain
+architectures only, and the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with
+an "a" alone: so NVRTC is called here, the binary kept in CuPy's cache folder, and RawModule loads it from
+there.
 
 The sources include no header but their neighbours, whose text is put in their place: a CuPy that came from
 pip finds NVRTC, but often no CUDA toolkit.
@@ -17,13 +18,13 @@ import hashlib
 import os
 import re
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+
+from chipmunk_kernels.backends.cupy.launching import Kernel
+from chipmunk_kernels.backends.cupy.launching import launch as launch
 
 FOLDER = Path(__file__).parent
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024
@@ -58,13 +59,6 @@ class Source:
         )
 
 
-@dataclass(frozen=True)
-class Stream:
-    """What CuPy reads of a stream: its handle."""
-
-    ptr: int
-
-
 def architecture(capability: tuple[int, int], supported: tuple[int, ...]) -> str:
     """What to compile for: the device's own architecture with all it has, else PTX of the newest older one.
 
@@ -87,23 +81,9 @@ def architecture(capability: tuple[int, int], supported: tuple[int, ...]) -> str
     return f"compute_{max(older)}"
 
 
-def launch(
-    kernel: Any, device: torch.device, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0
-) -> None:
-    """Run a kernel from `load` on the current stream of `device`, without waiting for it.
-
-    Arguments come in the kernel's order: tensors pass as pointers, integers as `long long`, floats as
-    `double`, None as a null pointer; anything else as CuPy takes it.
-    """
-    values = tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
-    stream = Stream(torch.cuda.current_stream(device).cuda_stream)
-    with _current(device):
-        kernel((blocks,), (threads,), values, shared_mem=shared_bytes, stream=stream)
-
-
 @functools.cache
-def load(source: Source, name: str, device: torch.device, shared_bytes: int = 0) -> Any:
-    """The kernel `name` (declared extern "C") of a source, compiled for `device`; a CuPy RawKernel.
+def load(source: Source, name: str, device: torch.device, shared_bytes: int = 0) -> Kernel:
+    """The kernel `name` (declared extern "C") of a source, compiled for `device`.
 
     Args:
         source: what to compile. Only the first call for each compiles, and only if no earlier process did.
@@ -122,7 +102,7 @@ def load(source: Source, name: str, device: torch.device, shared_bytes: int = 0)
         kernel = cupy.RawModule(path=str(binary)).get_function(name)
         if shared_bytes > SHARED_BYTES_WITHOUT_ASKING:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
-    return kernel
+        return Kernel(kernel)
 
 
 def _binary(source: Source, target: str) -> Path:
@@ -171,8 +151,3 @@ def _cache_folder() -> Path:
     except OSError:
         return Path(tempfile.mkdtemp(prefix="chipmunk-kernels-"))
     return folder
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` current: CUDA launches there. Switching costs microseconds, so only where needed."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)

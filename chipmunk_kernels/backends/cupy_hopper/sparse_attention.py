@@ -22,9 +22,13 @@ WIDTHS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS = 64
 """Query rows of one warpgroup."""
+WARPGROUP = 128
 VECTOR_BYTES = 16
 SHARED_BYTES = 227 * 1024
 """Most shared memory of one block; blocks on one multiprocessor share that, less 1 KiB for each more."""
+SPEEDS = {3: 1.0, 2: 0.9, 1: 0.7}
+"""By warpgroups that share a gathered row, in parts of the fastest: 3 and 2 as measured on an H200 at video
+size, 612 and 540 TF/s; 1 gathers three times as much as 3."""
 _OTHER_REGISTERS = 28
 """Of a thread besides accumulators and weights, as compiled."""
 LARGEST_ROW_STRIDE = 2**31 - 1
@@ -37,7 +41,8 @@ class SparseAttentionSettings(LaunchSettings):
 
     Attributes:
         consumers: warpgroups that compute, 64 query rows each; cut to the group where that is shorter. Three
-            serve a 192-row group at once: every gathered row then meets 192 queries.
+            serve a 192-row group at once: every gathered row then meets 192 queries. 0: as many as suit the
+            group.
         block_columns: columns gathered at a time.
         stages: tiles of keys, and of values, that are under way.
         overlap: whether a warpgroup multiplies the next tile's keys before it has weighed this tile's logits.
@@ -46,39 +51,53 @@ class SparseAttentionSettings(LaunchSettings):
         blocks: that share a multiprocessor. More than one suits short problems, whose last wave is ragged.
     """
 
-    consumers: int = choice(3, 1, 2, 3)
+    consumers: int = choice(0, 0, 1, 2)
     block_columns: int = choice(80, 48, 64, 80, 112, 128, 176)
-    stages: int = choice(3, 2, 3, 4)
+    stages: int = choice(4, 2, 3, 4)
     overlap: bool = choice(True, True, False)
     ping_pong: bool = choice(False, True, False)
     blocks: int = choice(1, 1, 2)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
-        if self.fitted(problem.group_size) != self:
-            return f"{self.consumers} warpgroups are more than {problem.group_size} rows need"
-        covered = -(-problem.group_size // (ROWS * self.consumers)) * ROWS * self.consumers
-        if covered - problem.group_size >= ROWS:
-            return f"{self.consumers} warpgroups leave one idle in groups of {problem.group_size}"
-        if self.ping_pong and (self.consumers == 1 or not self.overlap):
+        launched = self.fitted(problem.group_size)
+        if self.consumers:
+            if launched != self:
+                return f"{self.consumers} warpgroups are more than {problem.group_size} rows need"
+            if _idle(problem.group_size, self.consumers):
+                return f"{self.consumers} warpgroups leave one idle in groups of {problem.group_size}"
+        if self.ping_pong and (launched.consumers == 1 or not self.overlap):
             return "turns need two warpgroups or more, and overlap"
-        needed = (shared_bytes(problem.width, self) + 1024) * self.blocks - 1024
+        needed = (shared_bytes(problem.width, launched) + 1024) * self.blocks - 1024
         limit = SHARED_BYTES if shared_memory_bytes is None else min(SHARED_BYTES, shared_memory_bytes)
         if needed > limit:
             return f"needs {needed} bytes of shared memory, the device has {limit}"
         largest = max(problem.width, self.block_columns) // 2 + _OTHER_REGISTERS
-        if largest > launch_registers(self):
-            return f"one product needs {largest} registers a thread, the launch has {launch_registers(self)}"
-        wanted = _registers(problem.width, self)
-        if wanted > compute_registers(self):
-            return f"needs {wanted} registers a thread and has {compute_registers(self)}"
+        if largest > launch_registers(launched):
+            return (
+                f"one product needs {largest} registers a thread, the launch has {launch_registers(launched)}"
+            )
+        wanted = _registers(problem.width, launched)
+        if wanted > compute_registers(launched):
+            return f"needs {wanted} registers a thread and has {compute_registers(launched)}"
         return None
 
     def fitted(self, group_size: int) -> SparseAttentionSettings:
-        """These settings with no more warpgroups than a group of `group_size` rows needs."""
+        """These settings with as many warpgroups as a group of `group_size` rows is to have."""
         needed = -(-group_size // ROWS)
-        if needed >= self.consumers:
+        if not self.consumers:
+            chosen = max(
+                SPEEDS, key=lambda count: SPEEDS[count] * needed / (needed + _idle(group_size, count))
+            )
+        elif needed < self.consumers:
+            chosen = needed
+        else:
             return self
-        return replace(self, consumers=needed, ping_pong=self.ping_pong and needed > 1)
+        return replace(self, consumers=chosen, ping_pong=self.ping_pong and chosen > 1)
+
+
+def _idle(group_size: int, consumers: int) -> int:
+    """Warpgroups without a row in the blocks that serve a group."""
+    return -(-group_size // ROWS) % -consumers * -1
 
 
 def shared_bytes(width: int, settings: SparseAttentionSettings) -> int:
@@ -123,6 +142,19 @@ def source(dtype: torch.dtype, width: int, settings: SparseAttentionSettings) ->
     )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a launch takes besides addresses."""
+
+    kernel: Any
+    blocks: int
+    threads: int
+    shared_bytes: int
+    out_strides: tuple[int, ...]
+    readable: bool  # whether rows are where 16-byte copies can fetch them, if the tensors start there
+    numbers: tuple[int | float, ...]  # the kernel's last arguments
+
+
 @functools.cache
 def _kernel(
     dtype: torch.dtype, width: int, settings: SparseAttentionSettings, device: torch.device
@@ -131,6 +163,42 @@ def _kernel(
     bytes_ = shared_bytes(width, settings)
     kernel = load(source(dtype, width, settings), "sparse_attention", device, bytes_)
     return kernel, torch.cuda.get_device_properties(device).multi_processor_count * settings.blocks
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    settings: SparseAttentionSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    lists: tuple[int, ...],
+    group_size: int,
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...] | None],
+    scale: float,
+    sign: int,
+) -> Plan:
+    """What follows from shapes and strides (of q, k, v and base): one lookup a call."""
+    settings = settings.fitted(group_size)
+    batch, heads, rows, width = shape
+    _, _, groups, capacity = lists
+    kernel, most_blocks = _kernel(dtype, width, settings, device)
+    tiles = -(-group_size // (ROWS * settings.consumers))
+    total = batch * heads * groups * tiles
+    out_strides = empty_like_queries(torch.empty_strided(shape, strides[0], device="meta")).stride()
+    steps = [_steps(each or (0, 0, 0, 1)) for each in (*strides, out_strides)]
+    return Plan(
+        kernel=kernel,
+        blocks=min(most_blocks, total),
+        threads=WARPGROUP * (settings.consumers + 1),
+        shared_bytes=shared_bytes(width, settings),
+        out_strides=out_strides,
+        readable=all(_readable(each) for each in steps),
+        numbers=(
+            *(step for each in steps for step in each),
+            *(heads, rows, groups, capacity, group_size, tiles, total),
+            *(scale * LOG2E, float(sign)),
+        ),
+    )
 
 
 def sparse_attention(
@@ -157,44 +225,42 @@ def sparse_attention(
         out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32. A group that keeps
         nothing gives its base, or zeros, and lse = −∞.
     """
-    batch, heads, rows, width = q.shape
-    out = empty_like_queries(q)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    if not lse.numel():
-        return out, lse
     if scale < 0:
         q, scale = -q, -scale  # the running maximum is taken before scaling
-    if base is not None and base.dtype != q.dtype:
-        base = base.to(q.dtype)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    base = None if base is None else _aligned(base)
-    settings = settings.fitted(columns.group_size)
-    kernel, most_blocks = _kernel(q.dtype, width, settings, q.device)
-    tiles = -(-columns.group_size // (ROWS * settings.consumers))
-    total = batch * heads * columns.groups * tiles
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if base is not None and base.dtype != dtype:
+        base = base.to(dtype)
+    indices = columns.indices
+    strides = (q.stride(), k.stride(), v.stride(), None if base is None else base.stride())
+    plan = _plan(settings, dtype, device, shape, indices.shape, columns.group_size, strides, scale, sign)
+    starts = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if base is None else base.data_ptr())
+    if not plan.readable or (starts[0] | starts[1] | starts[2] | starts[3]) % VECTOR_BYTES:
+        base = None if base is None else _aligned(base)
+        return sparse_attention(_aligned(q), _aligned(k), _aligned(v), columns, base, sign, scale, settings)
+    out = torch.empty_strided(shape, plan.out_strides, dtype=dtype, device=device)
+    lse = torch.empty(shape[:3], dtype=torch.float32, device=device)
     launch(
-        kernel, q.device, min(most_blocks, total), 128 * (settings.consumers + 1),
-        q, k, v, columns.indices.contiguous(), columns.counts.contiguous(),
-        0 if base is None else base, out, lse,
-        *_steps(q), *_steps(k), *_steps(v), *((0, 0, 0) if base is None else _steps(base)), *_steps(out),
-        heads, rows, columns.groups, columns.capacity, columns.group_size, tiles, total,
-        scale * LOG2E, float(sign),
-        shared_bytes=shared_bytes(width, settings),
+        plan.kernel, device, plan.blocks, plan.threads,
+        *starts[:3], indices.contiguous(), columns.counts.contiguous(), starts[3], out, lse, *plan.numbers,
+        shared_bytes=plan.shared_bytes,
     )  # fmt: skip
     return out, lse
 
 
-def _steps(x: Tensor) -> tuple[int, int, int]:
+def _steps(strides: tuple[int, ...]) -> tuple[int, int, int]:
     """Bytes from one batch, head and row to the next."""
-    b, h, n, _ = x.stride()
+    b, h, n, _ = strides
     return 2 * b, 2 * h, 2 * n
+
+
+def _readable(steps: tuple[int, int, int]) -> bool:
+    """Whether each row is a multiple of 16 bytes away from the first, and within reach."""
+    return (steps[0] | steps[1] | steps[2]) % VECTOR_BYTES == 0 and steps[2] <= LARGEST_ROW_STRIDE
 
 
 def _aligned(x: Tensor) -> Tensor:
     """`x` itself if each of its rows starts at a multiple of 16 bytes and within reach, else a copy."""
-    steps = _steps(x)
-    together = x.data_ptr() | steps[0] | steps[1] | steps[2]
-    if together % VECTOR_BYTES == 0 and steps[2] <= LARGEST_ROW_STRIDE:
+    if x.data_ptr() % VECTOR_BYTES == 0 and _readable(_steps(x.stride())):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -215,8 +281,8 @@ KERNELS = (
 SOURCES = tuple(
     source(dtype, width, settings)
     for dtype, width, settings in (
-        (torch.bfloat16, 128, SparseAttentionSettings()),
-        (torch.float16, 64, SparseAttentionSettings()),
+        (torch.bfloat16, 128, SparseAttentionSettings().fitted(192)),
+        (torch.float16, 64, SparseAttentionSettings().fitted(192)),
         (torch.bfloat16, 128, SparseAttentionSettings(3, 128, 2, overlap=False)),
         (torch.float16, 128, SparseAttentionSettings(2, 128, 3, ping_pong=True)),
         (torch.bfloat16, 128, SparseAttentionSettings(2, 176, 2)),
