@@ -42,11 +42,13 @@ static void tensor_load_4d(unsigned target, const void* encoded, unsigned barrie
     const HostMap& map = *static_cast<const HostMap*>(encoded);
     const int bytes = map.box_rows * ROW_BYTES;
     for (unsigned row = 0; row < map.box_rows; ++row) {
-        const bool inside = y + row < map.sizes[1];
         const unsigned char* source =
             map.address + (y + row) * map.strides[0] + z * map.strides[1] + w * map.strides[2] + x * 2;
-        for (int chunk = 0; chunk < 8; ++chunk)
-            copy_16_or_zeros(target + swizzled(row, chunk), inside ? source + chunk * 16 : source, inside ? 16 : 0);
+        for (int chunk = 0; chunk < 8; ++chunk) {
+            const bool inside = y + row < map.sizes[1] && x + chunk * 8 < map.sizes[0];
+            copy_16_or_zeros(
+                target + swizzled(row, chunk), inside ? source + chunk * 16 : map.address, inside ? 16 : 0);
+        }
     }
     int& left = expected[me->block][barrier];
     if ((left -= bytes) < 0) {

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.module import Source
-from chipmunk_kernels.backends.cupy_hopper import mlp
+from chipmunk_kernels.backends.cupy_hopper import mlp, tensor_maps
 from chipmunk_kernels.backends.cupy_hopper.mlp import SparseMlpSettings
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from reference.mlp import sparse_mlp as true_mlp
 from tests.cupy_backend.emulate import COMPILER
-from tests.cupy_hopper.emulate import Emulator
+from tests.cupy_hopper.emulate import BulkEmulator as Emulator
+from tests.cupy_hopper.emulate import host_map
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs
 from tests.triton_mlp.cases import poisoned_memory
 
@@ -48,13 +49,24 @@ def call(inputs: MlpInputs, activations: Tensor, output: Tensor, settings: Spars
 @contextmanager
 def emulating(emulator: Emulator) -> Iterator[None]:
     """Within, launches run on the host, and scratch starts as NaN."""
+    used: dict[int, Tensor] = {}
     mlp._plan.cache_clear()
     with pytest.MonkeyPatch.context() as patch, poisoned_memory():
         patch.setattr(mlp, "load", emulator.load)
         patch.setattr(mlp, "launch", emulator.launch)
+        patch.setattr(tensor_maps, "_encode", host_map)
         patch.setattr(mlp, "_multiprocessors", lambda device: emulator.blocks)
+        patch.setattr(mlp, "_counters", lambda count, device: used.setdefault(count, zeros(count)))
+        tensor_maps._map.cache_clear()
         yield
+        for counters in used.values():
+            assert not bool(counters.any()), "the next launch would find counters that are not nought"
     mlp._plan.cache_clear()
+    tensor_maps._map.cache_clear()
+
+
+def zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
 
 
 def emulated(emulator: Emulator, inputs: MlpInputs, settings: SparseMlpSettings) -> tuple[Tensor, Tensor]:
@@ -170,7 +182,7 @@ def test_strided_caches_keep_what_is_not_theirs(folder: Path) -> None:
 def test_any_order_gives_the_same_bits(folder: Path) -> None:
     """Bands of one group and a lead of one: the ring of three groups is reused by every later one."""
     inputs = mlp_inputs(2, 900, 32, 200, 160, 128, 0.7, dtype=BF16)
-    assert mlp.order(SMALL, 16, inputs.columns.capacity, 128, 1)[1] < 16
+    assert mlp.order(SMALL, 16, inputs.columns.capacity, 160, 128, 1)[1] < 16
     results = [emulated(Emulator(folder, 1 + seed, seed), inputs, SMALL) for seed in range(4)]
     check(inputs, results[0])
     for other in results[1:]:
@@ -249,9 +261,12 @@ def test_settings_that_do_not_fit() -> None:
 def test_scratch_is_small_however_long_the_sequence(tokens: int, kept: int) -> None:
     settings = SparseMlpSettings()
     rows = -(-tokens // 128)
-    lead, ring, parts, up_blocks = mlp.order(settings, rows, kept, 128, 132)
+    lead, ring, parts, up_blocks = mlp.order(settings, rows, kept, 3072, 128, 132)
     bytes_ = ring * parts * up_blocks * 256 * 128 * 2
     assert bytes_ <= 64 << 20
     # A down tile of a band comes more than a wave of tiles after the band's up tiles, if there are that many.
     assert lead * settings.band * parts * up_blocks >= min(3 * 132, rows * parts * up_blocks)
-    assert ring >= min(rows, (lead + 2) * settings.band)
+    # And an up tile more than a wave after the down tiles that read what was in its place.
+    assert (ring // settings.band - lead - 1) * settings.band * parts * (
+        up_blocks + 12
+    ) >= 132 or ring == rows

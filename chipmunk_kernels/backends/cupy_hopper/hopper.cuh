@@ -88,6 +88,11 @@ __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same for global memory: before bulk copies read what was written there.
+__device__ __forceinline__ void fence_async_proxy_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Registers of each thread of this warpgroup: all its warps must execute it, and the kernel needs
 // __launch_bounds__(threads, blocks per multiprocessor). A multiple of 8 in [24, 256].
 template <int REGISTERS>

@@ -8,7 +8,9 @@
 // 64 x WIDTH part of a warpgroup reads the least from shared memory that way, and the gathered operand, the one
 // that no other tile shares, is read once for all the tokens of a group.
 //
-// A block has one producer warpgroup, whose cp.async gather rows into swizzled tiles, and consumer warpgroups.
+// A block has one producer warpgroup and consumer warpgroups. The producer's cp.async gather rows of weights into
+// swizzled tiles; what all tiles of a group share, its tokens and its delta, comes by bulk copies, which cost no
+// issue slots (6 % on an H200).
 // Blocks claim tiles by a counter, in an order in which a down tile comes well after the up tiles it needs (see
 // `Order`), so that waiting for them is rare, the tail of one product is filled by the other, and cache write-backs
 // hide behind other blocks' products. Whatever a tile waits for was claimed before it by a running block, which
@@ -72,24 +74,32 @@ struct alignas(16) Tile {
 #endif
 };
 
+struct alignas(64) TensorMap {
+    unsigned char bytes[128];
+};
+
 struct Problem {
-    const Element *x, *w1, *b1, *w2;
+    const TensorMap* x;
+    const Element *w1, *b1, *w2;
     const int *indices, *counts;
     Element *cache;
     void *output;
     unsigned char *packed;
     int *state;
     int rows, groups, capacity, group_size, tokens, width, width_out;
-    index_t x_b, x_m, w1_f, w2_f, cache_b, cache_f, output_b, output_m;
+    index_t w1_f, w2_f, cache_b, cache_f, output_b, output_m;
     bool cache_aligned, output_aligned;
     int band, lead, ring;
 
     // Blocks of slots, of output features, and of the tokens of a group.
     int up_blocks, down_blocks, parts, bands;
 
-    // Claimed tiles; then, for each part of each row, warpgroups that have written its delta, and read it.
+    // Claimed tiles, blocks that are done; then, for each part of each row, warpgroups that have written its
+    // delta, and read it. All are nought before a launch and after it.
+    __device__ __forceinline__ int counters() const { return 2 + 2 * rows * parts; }
     __device__ __forceinline__ int* claimed() const { return state; }
-    __device__ __forceinline__ int* ready(int row, int part) const { return state + 1 + row * parts + part; }
+    __device__ __forceinline__ int* left() const { return state + 1; }
+    __device__ __forceinline__ int* ready(int row, int part) const { return state + 2 + row * parts + part; }
     __device__ __forceinline__ int* drained(int row, int part) const { return ready(rows + row, part); }
 
     __device__ __forceinline__ int existing(int row, int part) const {
@@ -115,8 +125,7 @@ struct Record {
 };
 
 __device__ __forceinline__ Record* record_of(const Problem& p, const Tile& tile) {
-    const index_t counters = (1 + 2 * p.rows * p.parts + 7) / 8 * 8;
-    return reinterpret_cast<Record*>(p.state + counters) + tile.number;
+    return reinterpret_cast<Record*>(p.state + (p.counters() + 7) / 8 * 8) + tile.number;
 }
 #define MARK(field, value)                                                                  \
     if (part.thread == 0 && part.warpgroup == 0) record_of(p, tile)->field = value
@@ -274,40 +283,35 @@ __device__ __forceinline__ const unsigned char* chunk_at(const void* base, unsig
 
 __device__ __forceinline__ void load_up(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
-    constexpr int A_ROWS = TOKENS / ROWS_AT_ONCE, B_ROWS = WIDE / ROWS_AT_ONCE;
+    constexpr int B_ROWS = WIDE / ROWS_AT_ONCE;
     const int chunk = thread % CHUNKS, row = thread / CHUNKS;
     const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
-    unsigned tokens[A_ROWS], neurons[B_ROWS];
+    unsigned neurons[B_ROWS];
 #pragma unroll
     for (int i = 0; i < B_ROWS; ++i)
         // Past the last, again the last: what it adds to a product is discarded.
         neurons[i] = __ldg(indices + min(tile.block * WIDE + row + i * ROWS_AT_ONCE, tile.count - 1));
 #pragma unroll
-    for (int i = 0; i < A_ROWS; ++i)
-        tokens[i] = min(row + i * ROWS_AT_ONCE, tile.tokens - 1) * static_cast<unsigned>(p.x_m / CHUNK_ELEMENTS);
-#pragma unroll
     for (int i = 0; i < B_ROWS; ++i) neurons[i] *= static_cast<unsigned>(p.w1_f / CHUNK_ELEMENTS);
-    const Element* x = p.x + tile.batch * p.x_b + tile.first * p.x_m + chunk * CHUNK_ELEMENTS;
     const Element* w = p.w1 + chunk * CHUNK_ELEMENTS;
     const unsigned place = swizzled(row, chunk);
     for (int start = 0; start < p.width; start += DEPTH) {
         barrier_wait(shared.empty(at.stage), at.phase ^ 1);
-        const unsigned a = shared.a(at.stage) + place, b = shared.b(at.stage) + place;
+        if (thread == 0) {
+            barrier_arrive_expect(shared.full(at.stage), A_BYTES);
+            // Tokens of the next group come along; nobody uses them.
+            tensor_load_4d(shared.a(at.stage), p.x, shared.full(at.stage), start, tile.first, 0, tile.batch);
+        }
+        const unsigned b = shared.b(at.stage) + place;
         if (start + DEPTH <= p.width) {
 #pragma unroll
             for (int i = 0; i < B_ROWS; ++i)
                 copy_16(b + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(w + start, neurons[i]));
-#pragma unroll
-            for (int i = 0; i < A_ROWS; ++i)
-                copy_16(a + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(x + start, tokens[i]));
         } else {
             const int bytes = start + chunk * CHUNK_ELEMENTS < p.width ? 16 : 0;
 #pragma unroll
             for (int i = 0; i < B_ROWS; ++i)
                 copy_16_or_zeros(b + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(w + start, neurons[i]), bytes);
-#pragma unroll
-            for (int i = 0; i < A_ROWS; ++i)
-                copy_16_or_zeros(a + i * ROWS_AT_ONCE * ROW_BYTES, chunk_at(x + start, tokens[i]), bytes);
         }
         barrier_arrive_after_copies(shared.full(at.stage));
         at.advance();
@@ -316,10 +320,10 @@ __device__ __forceinline__ void load_up(
 
 __device__ __forceinline__ void load_down(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
-    constexpr int A_COPIES = A_BYTES / 16 / WARPGROUP, B_ROWS = DEPTH / ROWS_AT_ONCE, B_TILES = WIDE / TILE_WIDTH;
+    constexpr int B_ROWS = DEPTH / ROWS_AT_ONCE, B_TILES = WIDE / TILE_WIDTH;
     const int chunk = thread % CHUNKS, row = thread / CHUNKS;
     const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
-    const unsigned char* delta = p.images(tile.row, tile.part) + thread * 16;
+    const unsigned char* delta = p.images(tile.row, tile.part);
     const int column = tile.block * WIDE + chunk * CHUNK_ELEMENTS;
     const Element* w = p.w2 + column;
     const bool whole = tile.block * WIDE + WIDE <= p.width_out;
@@ -337,9 +341,11 @@ __device__ __forceinline__ void load_down(
         for (int i = 0; i < B_ROWS; ++i)
             next[i] = __ldg(indices + min(start + DEPTH + slots[i], tile.count - 1));
         barrier_wait(shared.empty(at.stage), at.phase ^ 1);
-        const unsigned a = shared.a(at.stage) + thread * 16, b = shared.b(at.stage) + place;
-#pragma unroll
-        for (int i = 0; i < A_COPIES; ++i) copy_16(a + i * WARPGROUP * 16, delta + i * WARPGROUP * 16);
+        if (thread == 0) {
+            barrier_arrive_expect(shared.full(at.stage), A_BYTES);
+            bulk_load(shared.a(at.stage), delta, A_BYTES, shared.full(at.stage));
+        }
+        const unsigned b = shared.b(at.stage) + place;
         delta += A_BYTES;
         const bool all = whole && start + DEPTH <= tile.count;
 #pragma unroll
@@ -369,6 +375,7 @@ __device__ __forceinline__ void produce(const Problem& p, const Shared& shared, 
             const Tile claimed = claim(p);
             post(shared, turn, claimed);
             if (claimed.kind != END) await_inputs(p, claimed);
+            fence_async_proxy_global();
         }
         __syncwarp();
         const Tile tile = take(shared, turn);
@@ -612,10 +619,10 @@ __device__ __forceinline__ void consume_up(
     Element* bias = shared.bias(part.warpgroup);
     const int steps = (p.width + DEPTH - 1) / DEPTH;
     float sum[ACCUMULATORS];
-    int neurons[EARLY][PASS_LOADS], biased[BIASES];
+    int neurons[UP_PASSES][PASS_LOADS], biased[BIASES];
     Element values[BIASES];
 #pragma unroll
-    for (int i = 0; i < EARLY * PASS_LOADS; ++i)
+    for (int i = 0; i < UP_PASSES * PASS_LOADS; ++i)
         neurons[i / PASS_LOADS][i % PASS_LOADS] = epilogue.neuron(epilogue.slot(i / PASS_LOADS, i % PASS_LOADS));
 #pragma unroll
     for (int i = 0; i < BIASES; ++i)
@@ -644,18 +651,14 @@ __device__ __forceinline__ void consume_up(
         else copies_wait<0>();
         part.sync();
         epilogue.change(sum, bias, pass);
+        // Bulk copies will read the delta.
+        fence_async_proxy_global();
         part.sync();
-        int rows[PASS_LOADS], next[PASS_LOADS];
 #pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i) {
-            rows[i] = epilogue.neuron(epilogue.slot(pass, i));
-            next[i] = pass + 2 < UP_PASSES ? epilogue.neuron(epilogue.slot(pass + 2, i)) : -1;
-        }
-#pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i) epilogue.write(pass, i, rows[i]);
+        for (int i = 0; i < PASS_LOADS; ++i) epilogue.write(pass, i, neurons[pass][i]);
         if (pass + 2 < UP_PASSES) {
 #pragma unroll
-            for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass + 2, i, next[i]);
+            for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass + 2, i, neurons[pass + 2][i]);
             copies_commit();
         }
     }
@@ -710,19 +713,32 @@ __device__ __forceinline__ void consume(const Problem& p, const Shared& shared, 
     }
 }
 
+// The last block to end leaves the counters as the next launch wants them, which saves it a launch that does.
+__device__ __forceinline__ void clear_counters(const Problem& p, const Shared& shared) {
+    __syncthreads();
+    int& last = shared.tile(0).kind;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(p.left(), 1) == static_cast<int>(gridDim.x) - 1;
+    }
+    __syncthreads();
+    if (last)
+        for (int i = threadIdx.x; i < p.counters(); i += THREADS) p.state[i] = 0;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
-    const Element* x, const Element* w1, const Element* b1, const Element* w2, const int* indices, const int* counts,
+    const __grid_constant__ TensorMap x, const Element* w1, const Element* b1, const Element* w2, const int* indices, const int* counts,
     Element* cache, void* output, unsigned char* packed, int* state, index_t rows, index_t groups, index_t capacity,
-    index_t group_size, index_t tokens, index_t width, index_t width_out, index_t x_b, index_t x_m, index_t w1_f,
+    index_t group_size, index_t tokens, index_t width, index_t width_out, index_t w1_f,
     index_t w2_f, index_t cache_b, index_t cache_f, index_t output_b, index_t output_m, index_t cache_aligned,
     index_t output_aligned, index_t band, index_t lead, index_t ring
 ) {
     extern __shared__ unsigned char memory[];
     const Shared shared(memory + (ATOM_BYTES - shared_address(memory) % ATOM_BYTES) % ATOM_BYTES);
-    Problem p{x, w1, b1, w2, indices, counts, cache, output, packed, state,
+    Problem p{&x, w1, b1, w2, indices, counts, cache, output, packed, state,
               static_cast<int>(rows), static_cast<int>(groups), static_cast<int>(capacity),
               static_cast<int>(group_size), static_cast<int>(tokens), static_cast<int>(width),
-              static_cast<int>(width_out), x_b, x_m, w1_f, w2_f, cache_b, cache_f, output_b, output_m,
+              static_cast<int>(width_out), w1_f, w2_f, cache_b, cache_f, output_b, output_m,
               cache_aligned != 0, output_aligned != 0, static_cast<int>(band), static_cast<int>(lead),
               static_cast<int>(ring)};
     p.up_blocks = (p.capacity + WIDE - 1) / WIDE;
@@ -731,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
     p.bands = (p.rows + p.band - 1) / p.band;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(shared.full(i), WARPGROUP);
+            barrier_init(shared.full(i), WARPGROUP + 1);
             barrier_init(shared.empty(i), CONSUMER_WARPS);
         }
         for (int i = 0; i < 2; ++i) {
@@ -750,4 +766,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
         take_registers<CONSUMER_REGISTERS>();
         consume(p, shared, warpgroup);
     }
+    clear_counters(p, shared);
 }
