@@ -47,7 +47,8 @@ class AttentionEmulator(Emulator):
         *arguments: Any,
         shared_bytes: int = 0,
     ) -> None:
-        address = (ctypes.c_longlong * 1)(arguments[0].__array_interface__["data"][0])
+        packed = ctypes.create_string_buffer(arguments[0], len(arguments[0]))
+        address = (ctypes.c_longlong * 1)(ctypes.addressof(packed))
         seed = ctypes.c_ulonglong(self.seed + 1)
         stuck = kernel(address, blocks, threads, shared_bytes, seed)
         assert not stuck, f"deadlock with seed {self.seed}"

@@ -7,13 +7,12 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.module import Source, launch, load
 from chipmunk_kernels.backends.cupy_hopper import FOLDER
-from chipmunk_kernels.backends.cupy_hopper.tensor_maps import MAP_BYTES, with_map
+from chipmunk_kernels.backends.cupy_hopper.tensor_maps import with_map
 from chipmunk_kernels.columns import group_count
 from chipmunk_kernels.layout import empty_like_queries
 from chipmunk_kernels.problem import Problem
@@ -26,7 +25,6 @@ WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # that a Hopper block can have
 _ARGUMENTS = struct.Struct("<5Q3q6if36x")  # of the kernel, after its three tensor maps
-_STRUCT = np.dtype((np.void, 3 * MAP_BYTES + _ARGUMENTS.size))  # CuPy passes an array of one by value
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def attend(
         )  # fmt: skip
         kernel, shared_bytes = _kernel(q.dtype, width, shape, device)
         threads = (shape.consumers + 1) * WARPGROUP_THREADS
-        launch(kernel, device, blocks, threads, np.frombuffer(arguments, _STRUCT), shared_bytes=shared_bytes)
+        launch(kernel, device, blocks, threads, arguments, shared_bytes=shared_bytes)
     return out, lse, mass
 
 
