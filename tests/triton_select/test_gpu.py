@@ -76,13 +76,13 @@ def test_every_setting_selects_the_same(block: int, bits: int, warps: int) -> No
     )
 
 
-@pytest.mark.parametrize("list_columns", [4, 8, 16])
-@pytest.mark.parametrize("list_stages", [1, 2, 3])
-def test_every_way_to_list_candidates(list_columns: int, list_stages: int) -> None:
+@pytest.mark.parametrize("mark_columns", [8, 16, 32])
+@pytest.mark.parametrize(("contest_warps", "per_unit"), [(4, 7), (8, 2), (8, 3)])
+def test_every_way_to_list_candidates(mark_columns: int, contest_warps: int, per_unit: int) -> None:
     """Beside long-tailed rows one of ties alone and one of NaN, which are left to the radix search."""
     scores = mass(1, 2, 4, VIDEO_COLUMNS)
     scores[0, 0, 1], scores[0, 1, 2] = 0.5, float("nan")
-    settings = SelectSettings(list_columns=list_columns, list_stages=list_stages)
+    settings = SelectSettings(mark_columns=mark_columns, contest_warps=contest_warps, per_unit=per_unit)
     for always, random in ((text_and_window(4, VIDEO_COLUMNS, VIDEO_COLUMNS), 1190), (None, 0)):
         arguments = (scores, 5953, always, random, 42, VIDEO_COLUMNS, 5953 + random + 512)
         assert_equal_sets(

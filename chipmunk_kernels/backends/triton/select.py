@@ -1,7 +1,7 @@
 """Exact column selection: the best by score, by share of mass, or from a mask. One program per (b, h, g) row.
 
-Most rows are decided by `select_fast`, which reads each once. `select_radix` decides the others: coverage of
-long rows, more columns than a list holds, rows that a sample misled.
+Most rows are read once: short ones by `select_short`, long ones by `select_fast`. `select_radix` decides the
+others: coverage of long rows, more columns than a list holds, rows that a sample misled.
 
 Everything that decides is an integer, or a float32 sum taken in a fixed order, so repeats are bit-identical.
 """
@@ -20,18 +20,21 @@ from chipmunk_kernels.backends.triton.device import units
 from chipmunk_kernels.backends.triton.launch import on_device, signature
 from chipmunk_kernels.backends.triton.select_fast import (
     CLUSTER,
+    ESTIMATE_WARPS,
     LISTS,
+    MARK_WARPS,
     SAMPLE,
     Plan,
-    contest_kernel,
-    contest_shape,
     contest_size,
+    estimate_kernel,
+    mark_kernel,
     packed,
     shortlist_kernel,
     shortlist_shape,
 )
 from chipmunk_kernels.backends.triton.select_keys import append, finish, locate
 from chipmunk_kernels.backends.triton.select_radix import select_kernel
+from chipmunk_kernels.backends.triton.select_short import contest_kernel, contest_shape
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -45,17 +48,17 @@ class SelectSettings(LaunchSettings):
         block: columns per step of the radix search and of the mask's walk.
         bits: digit of the radix search; at most 32 / bits passes over the row.
         num_warps: warps per program of these two.
-        list_columns: columns per thread and step while marking the candidates of a long row.
-        list_stages: such steps in flight at once.
-        per_unit: programs per multiprocessor that share the long rows.
+        mark_columns: columns per thread while marking the candidates of a long row.
+        contest_warps: warps of a program that holds the contests of long rows.
+        per_unit: such programs per multiprocessor; its registers hold 28 of their warps on sm_90.
     """
 
     block: int = choice(2048, 1024, 2048, 4096, 8192, 16384)
     bits: int = choice(8, 4, 8)
     num_warps: int = choice(8, 4, 8, 16)
-    list_columns: int = choice(16, 4, 8, 16)
-    list_stages: int = choice(2, 1, 2, 3)
-    per_unit: int = choice(1, 1, 2)
+    mark_columns: int = choice(16, 8, 16, 32)
+    contest_warps: int = choice(8, 4, 8)
+    per_unit: int = choice(3, 2, 3, 4, 5, 6, 7)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if self.block > max(1024, triton.next_power_of_2(problem.columns)):
@@ -163,16 +166,29 @@ class Row:
 
     def shortlist(self, plan: Plan, settings: SelectSettings) -> None:
         """Long rows whose candidates are few; marks those that the sample misled."""
-        shape = shortlist_shape(plan.size, self.length, settings.list_columns)
         marks = None if self.always is None else packed(self.always, self.length)
-        programs = min(self.rows, units(self.scores.device) * settings.per_unit)
-        scratch = torch.empty(
-            programs, 2 * plan.size + shape["WORDS"], dtype=torch.int32, device=self.scores.device
-        )
+        device, rows, kept = self.scores.device, self.rows, self.kinds["HAS_ALWAYS"]
+        step = settings.mark_columns * MARK_WARPS
+        blocks = triton.cdiv(self.length, 32 * step)
+        width = triton.cdiv(self.length, 32)
+        floors = torch.empty(rows, dtype=torch.float32, device=device)
+        words = torch.empty(rows, width, dtype=torch.int32, device=device)
+        programs = min(rows, units(device) * settings.per_unit)
+        scratch = torch.empty(programs, 3 * plan.size, dtype=torch.int32, device=device)
+        bound, (scores, always, indices, counts) = _signed(plan.bound), self._tensors(marks)
+        k, random, seed = self.wanted
+        estimate_kernel[(rows,)](
+            scores, always, floors, plan.share, *self.extent, self.length, *self._strides(marks),
+            HAS_ALWAYS=kept, SAMPLE=SAMPLE, CLUSTER=CLUSTER, num_warps=ESTIMATE_WARPS,
+        )  # fmt: skip
+        mark_kernel[(rows * blocks,)](
+            scores, always, floors, words, seed, bound, *self.extent, self.length, blocks,
+            *self._strides(marks), width, STEP=step, num_warps=MARK_WARPS, **self.kinds,
+        )  # fmt: skip
         shortlist_kernel[(programs,)](
-            *self._tensors(marks), scratch, *self.wanted, _signed(plan.bound), plan.share, *self.extent,
-            self.rows, *self.room, *self._strides(marks),
-            STAGES=settings.list_stages, SAMPLE=SAMPLE, CLUSTER=CLUSTER, **shape, **self.kinds,
+            scores, always, floors, words, indices, counts, scratch, k, random, seed, bound,
+            *self.extent, rows, *self.room, *self._strides(marks), width,
+            **shortlist_shape(plan.size, settings.contest_warps), **self.kinds,
         )  # fmt: skip
 
     def search(self, settings: SelectSettings, left_over: bool) -> None:
@@ -246,8 +262,8 @@ KERNELS = (
 
 _DEFAULT = SelectSettings()
 _TYPES = {
-    "scores": "*fp32", "coverage": "fp32", "share": "fp32", "always": "*u8", "mask": "*u8",
-    **dict.fromkeys(("indices", "counts", "scratch"), "*i32"),
+    "scores": "*fp32", "floors": "*fp32", "coverage": "fp32", "share": "fp32", "always": "*u8", "mask": "*u8",
+    **dict.fromkeys(("indices", "counts", "scratch", "words"), "*i32"),
     **dict.fromkeys(("stride_b", "stride_h", "stride_g", "stride_always"), "i32:16"),
 }  # fmt: skip
 
@@ -266,9 +282,7 @@ _KINDS = {"HAS_ALWAYS": True, "RANDOM": True}
 _WALK = {
     "BLOCK": _DEFAULT.block, "BITS": _DEFAULT.bits, "SUM_BLOCK": SUM_BLOCK, "LEFT_OVER": True, **_KINDS,
 }  # fmt: skip
-_LISTING = {
-    "STAGES": _DEFAULT.list_stages, "SAMPLE": SAMPLE, "CLUSTER": CLUSTER, **_KINDS,
-}  # fmt: skip
+_BITS = {"always": "*i32"}
 COMPILE_CASES = (
     *(
         _case(
@@ -277,10 +291,17 @@ COMPILE_CASES = (
         )
         for operation in ("topk_columns", "coverage_columns") for size in LISTS
     ),
+    _case(
+        "topk_columns estimate", estimate_kernel, _BITS, ESTIMATE_WARPS,
+        HAS_ALWAYS=True, SAMPLE=SAMPLE, CLUSTER=CLUSTER,
+    ),
+    _case(
+        "topk_columns mark", mark_kernel, _BITS, MARK_WARPS, STEP=_DEFAULT.mark_columns * MARK_WARPS, **_KINDS
+    ),
     *(
         _case(
-            f"topk_columns list {size}", shortlist_kernel, {"always": "*i32"},
-            **shortlist_shape(size, 119056, _DEFAULT.list_columns), **_LISTING,
+            f"topk_columns list {size}", shortlist_kernel, _BITS,
+            **shortlist_shape(size, _DEFAULT.contest_warps), **_KINDS,
         )
         for size in LISTS
     ),

@@ -1,13 +1,17 @@
-"""Selection in one read of the row, for rows whose contest fits one program's registers.
+"""Selection of long rows in one read, in three kernels.
 
-Short rows are the contest themselves. Of a long row (HunyuanVideo: 119 056 scores, 5 % kept) a sample
-estimates a score that somewhat more columns reach than are wanted; one pass over the row marks those columns,
-the always-kept ones and enough of the largest hashes for the extras; they are listed in ascending order, and
-the contest is decided among the list, exactly. Where the sample misled (the list overflows or holds too few)
-the row is marked, and `select_kernel` decides it by radix search.
+Of a long row (HunyuanVideo: 119 056 scores, 5 % kept) a sample estimates a score that somewhat more columns
+reach than are wanted; one pass over the row marks those columns, the always-kept ones and enough of the
+largest hashes for the extras; they are listed in ascending order, and the contest is decided among the list,
+exactly. Where the sample misled (the list overflows or holds too few) the row is marked, and `select_kernel`
+decides it by radix search.
 
-Bytes: the row once; bits, list and the listed scores again come from the L2 cache. 7.1 GB at HunyuanVideo's
-size, 1.65 ms at 4.3 TB/s.
+Marking is bound by memory, estimate and contest by the latency of searches whose every step waits for the
+last: in one kernel, one row a multiprocessor at a time, they took 82 us a row, six times what reading it
+takes. Apart, marking runs at the memory's pace and several contests share a multiprocessor.
+
+Bytes: the row once and a bit a column; the listed scores again. 7.1 GB at HunyuanVideo's size, 1.65 ms at
+4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -22,8 +26,6 @@ from torch import Tensor
 
 from chipmunk_kernels.backends.triton.select_keys import (
     append,
-    covering_count,
-    cut,
     finish,
     locate,
     mix,
@@ -41,8 +43,10 @@ EFFECTIVE_SAMPLE = SAMPLE // 4
 """Independent samples that the clusters are counted as, since neighbours in a video resemble each other."""
 DEVIATIONS = 4.0
 LISTS = (4096, 8192, 16384)
-"""Sizes of a contest: 16 candidates a thread; at 32 a thread the searches spill."""
+"""Sizes of a contest. Short rows hold it in registers, 16 candidates a thread; at 32 the searches spill."""
 PACK_BLOCK = 128
+ESTIMATE_WARPS = 8
+MARK_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -84,113 +88,23 @@ def contest_size(length: int) -> int | None:
     return next((size for size in LISTS if length <= size), None)
 
 
-def contest_shape(size: int) -> dict[str, int]:
-    """Launch of a contest: 16 candidates a thread but no fewer than 4 warps; 2 a thread written at a time."""
-    return {"SIZE": size, "PART": max(1, size // 8), "num_warps": max(4, size // 512)}
-
-
-def shortlist_shape(size: int, length: int, columns: int) -> dict[str, int]:
-    """Launch of a shortlist: a contest's, and `columns` to mark per thread and step."""
-    shape = contest_shape(size)
-    step = columns * shape["num_warps"]
-    return shape | {"STEP": step, "WORDS": max(step, triton.next_power_of_2(triton.cdiv(length, 32)))}
+def shortlist_shape(size: int, warps: int) -> dict[str, int]:
+    """Launch of the contests of long rows: 4 candidates a thread looked at together; 8 take 111 registers."""
+    return {"SIZE": size, "PART": min(size, 4 * 32 * warps), "num_warps": warps}
 
 
 @triton.jit
-def _contestants(
-    source, always, slot, held, LISTED: tl.constexpr, HAS_ALWAYS: tl.constexpr, SIZE: tl.constexpr
-):
-    """Column, key (0 if it does not compete, 1 for NaN) and whether it is kept anyway, of each slot.
-
-    LISTED: `source` holds the keys, then the columns with the sign bit for those kept anyway; else scores.
-    """
-    present = slot < held
-    n = slot
-    granted = slot < 0
-    if LISTED:
-        key = tl.load(source + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
-        entry = tl.load(source + SIZE + slot, mask=present, other=0)
-        n = entry & 0x7FFFFFFF
-        granted = entry < 0
-    else:
-        score = tl.load(source + slot, mask=present, other=0.0).to(tl.float32)
-        if HAS_ALWAYS:
-            granted = tl.load(always + slot, mask=present, other=0) != 0
-        key = tl.where(present & (granted == 0), tl.maximum(order_key(score), 1), 0).to(tl.uint32)
-    return n, key, granted
+def _is_set(words, n, present):
+    """Whether column n's bit is set."""
+    return ((tl.load(words + n // 32, mask=present, other=0) >> (n % 32)) & 1) != 0
 
 
 @triton.jit
-def _decide(
-    indices, counts, row, source, always, held, wanted, random, place, capacity, bound,
-    RANDOM: tl.constexpr, LISTED: tl.constexpr, HAS_ALWAYS: tl.constexpr,
-    SIZE: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Write what the contest of one row keeps; mark the row if its list proves too short.
-
-    Contestants are loaded anew, from caches, for each search and in parts to write them: held in registers
-    from first to last they would spill.
-    """
-    slot = tl.arange(0, SIZE)
-    _, key, _ = _contestants(source, always, slot, held, LISTED, HAS_ALWAYS, SIZE)
-    enough = tl.sum((key != 0).to(tl.int32)) >= wanted
-    threshold, last = cut(key, slot, wanted, SIZE)
-    threshold = tl.maximum(threshold, 1)
-    tl.debug_barrier()
-    drawn, drawn_last = threshold, last
-    if RANDOM:
-        n, key_left, granted = _contestants(source, always, slot, held, LISTED, HAS_ALWAYS, SIZE)
-        left = (slot < held) & (granted == 0) & (precedes(key_left, slot, threshold, last) == 0)
-        hashed = mix(place ^ n.to(tl.uint32))
-        hashed = tl.where(left & (hashed >= bound), hashed, 0).to(tl.uint32)
-        enough = enough & (tl.sum((hashed != 0).to(tl.int32)) >= random)
-        # A hash of 0 cannot compete, and as the smallest it need not: it is drawn where all that is left is.
-        drawn, drawn_last = cut(hashed, slot, random, SIZE)
-        tl.debug_barrier()
-    written = tl.full((), 0, tl.int32)
-    for start in range(0, held, PART):
-        some = start + tl.arange(0, PART)
-        column, rank, always_kept = _contestants(source, always, some, held, LISTED, HAS_ALWAYS, SIZE)
-        kept = always_kept | precedes(rank, some, threshold, last)
-        if RANDOM:
-            lot = mix(place ^ column.to(tl.uint32))
-            kept = kept | ((some < held) & (lot >= bound) & precedes(lot, some, drawn, drawn_last))
-        written = append(indices, column, kept, written, capacity)
-    if LISTED:
-        written = tl.where(enough, written, -1)
-    finish(indices, counts, row, written, capacity, PART)
-
-
-@triton.jit(do_not_specialize=["k", "random", "seed", "heads", "groups", "length", "capacity"])
-def contest_kernel(
-    scores, always, indices, counts,
-    k, random, seed, coverage, heads, groups, length, capacity,
-    stride_b, stride_h, stride_g, stride_always,
-    COVERAGE: tl.constexpr, RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr,
-    SIZE: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """A short row: the always-kept columns, the k best others (no more than COVERAGE needs), extras."""
-    row = tl.program_id(0)
-    b, h, g = locate(row, heads, groups)
-    scores += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
-    always += g.to(tl.int64) * stride_always
-    wanted = k.to(tl.int32)
-    if COVERAGE:
-        n = tl.arange(0, SIZE)
-        score = tl.load(scores + n, mask=n < length, other=0.0).to(tl.float32)
-        mass = tl.where(score > 0.0, score, 0.0)
-        granted = n < 0
-        if HAS_ALWAYS:
-            granted = tl.load(always + n, mask=n < length, other=1) != 0
-        need = tl.sum(mass) * coverage - tl.sum(tl.where(granted, mass, 0.0))
-        wanted = tl.minimum(wanted, covering_count(tl.where(granted, 0.0, mass), need, coverage))
-        tl.debug_barrier()
-    place = place_of(seed, b, h, g)
-    _decide(
-        indices + row.to(tl.int64) * capacity, counts, row, scores, always, length,
-        wanted, random.to(tl.int32), place, capacity, tl.full((), 0, tl.uint32),
-        RANDOM, False, HAS_ALWAYS, SIZE, PART,
-    )  # fmt: skip
+def _ones(word):
+    """Bits set in each uint32."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -216,76 +130,239 @@ def _estimate(
     return score_of(prefix)
 
 
-@triton.jit
-def _mark(
-    scores, always, words, start, length, floor, place, bound,
-    HAS_ALWAYS: tl.constexpr, RANDOM: tl.constexpr, WHOLE: tl.constexpr, STEP: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "groups", "length"])
+def estimate_kernel(
+    scores, always, floors, share, heads, groups, length,
+    stride_b, stride_h, stride_g, stride_always,
+    HAS_ALWAYS: tl.constexpr, SAMPLE: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
-    """One bit for each of 32 * STEP columns: whether it is a candidate. `always` holds bits too."""
-    word = start // 32 + tl.arange(0, STEP)
+    """The score from which a row's columns are candidates."""
+    row = tl.program_id(0)
+    b, h, g = locate(row, heads, groups)
+    scores += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
+    always += g.to(tl.int64) * stride_always
+    tl.store(floors + row, _estimate(scores, always, length, share, HAS_ALWAYS, SAMPLE, CLUSTER))
+
+
+@triton.jit(do_not_specialize=["seed", "bound", "heads", "groups", "length", "blocks"])
+def mark_kernel(
+    scores, always, floors, words, seed, bound, heads, groups, length, blocks,
+    stride_b, stride_h, stride_g, stride_always, stride_words,
+    RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One bit for each of 32 * STEP columns of a row: whether it is a candidate. `always` holds bits too.
+
+    Marks are bits, so that a running count of 32 columns a lane suffices later: counting at every step takes
+    ten times the instructions.
+    """
+    row = tl.program_id(0) // blocks
+    b, h, g = locate(row, heads, groups)
+    line = scores + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
+    word = tl.program_id(0) % blocks * STEP + tl.arange(0, STEP)
     n = (word * 32)[:, None] + tl.arange(0, 32)[None, :]
-    if WHOLE:
-        score = tl.load(scores + n).to(tl.float32)
-        taken = score >= floor
+    floor = tl.load(floors + row)
+    if (tl.program_id(0) % blocks + 1) * (32 * STEP) <= length:
+        # Without a mask, which would break up the loads' vectors.
+        taken = tl.load(line + n).to(tl.float32) >= floor
     else:
-        score = tl.load(scores + n, mask=n < length, other=0.0).to(tl.float32)
-        taken = (score >= floor) & (n < length)
+        taken = tl.load(line + n, mask=n < length, other=float("nan")).to(tl.float32) >= floor
     if RANDOM:
-        drawn = mix(place ^ n.to(tl.uint32)) >= bound
-        taken = taken | (drawn & (n < length))
+        taken = taken | (mix(place_of(seed, b, h, g) ^ n.to(tl.uint32)) >= bound.to(tl.uint32))
     bit = tl.full((1,), 1, tl.int32) << tl.arange(0, 32)
     marks = tl.sum(tl.where(taken, bit[None, :], 0), axis=1)
+    if RANDOM:
+        # Hashes know no end of the row.
+        beyond = tl.minimum(tl.maximum(word * 32 + 32 - length, 0), 31)
+        marks = marks & (tl.full((1,), -1, tl.int32).to(tl.uint32, bitcast=True) >> beyond.to(tl.uint32)).to(
+            tl.int32, bitcast=True
+        )
+    present = word * 32 < length
     if HAS_ALWAYS:
-        marks = marks | tl.load(always + word, mask=word * 32 < length, other=0)
-    tl.store(words + word, marks)
+        marks = marks | tl.load(always + g.to(tl.int64) * stride_always + word, mask=present, other=0)
+    tl.store(words + row.to(tl.int64) * stride_words + word, marks, mask=present)
 
 
 @triton.jit
-def _is_set(words, n, present):
-    """Whether column n's bit is set."""
-    return ((tl.load(words + n // 32, mask=present, other=0) >> (n % 32)) & 1) != 0
-
-
-@triton.jit
-def _ones(word):
-    """Bits set in each uint32."""
-    pairs = word - ((word >> 1) & 0x55555555)
-    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    return ((((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def _expand(words, listed, used, SIZE: tl.constexpr, WORDS: tl.constexpr):
+def _expand(words, listed, used, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """List the columns whose bits are set, as far as the list goes; how many there are."""
-    at = tl.arange(0, WORDS)
-    word = tl.load(words + at, mask=at < used, other=0).to(tl.uint32, bitcast=True)
-    ones = _ones(word)
-    slot = tl.cumsum(ones) - ones
-    for bit in range(32):
-        marked = ((word >> bit) & 1) != 0
-        tl.store(listed + SIZE + slot, at * 32 + bit, mask=marked & (slot < SIZE))
-        slot += marked.to(tl.int32)
-    return tl.sum(ones)
+    held = tl.full((), 0, tl.int32)
+    for start in range(0, used, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        word = tl.load(words + at, mask=at < used, other=0).to(tl.uint32, bitcast=True)
+        ones = _ones(word)
+        slot = held + tl.cumsum(ones) - ones
+        held += tl.sum(ones)
+        for bit in range(32):
+            marked = ((word >> bit) & 1) != 0
+            tl.store(listed + slot, at * 32 + bit, mask=marked & (slot < SIZE))
+            slot += marked.to(tl.int32)
+    return held
 
 
 @triton.jit
-def _complete(
-    scores, always, listed, held, floor, HAS_ALWAYS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
-):
+def _complete(scores, always, keys, listed, held, floor, HAS_ALWAYS: tl.constexpr, PART: tl.constexpr):
     """Put the keys beside the listed columns, 0 for those listed for other reasons than their score, and the
-    sign bit on the columns that are kept anyway."""
+    sign bit on the columns that are kept anyway. How many compete, and the highest key."""
+    competitors = tl.zeros((PART,), tl.int32)
+    highest = tl.zeros((PART,), tl.uint32)
     for start in range(0, held, PART):
         slot = start + tl.arange(0, PART)
         present = slot < held
-        n = tl.load(listed + SIZE + slot, mask=present, other=0)
+        n = tl.load(listed + slot, mask=present, other=0)
         score = tl.load(scores + n, mask=present, other=0.0).to(tl.float32)
-        competes = score >= floor
+        competes = present & (score >= floor)
         if HAS_ALWAYS:
             granted = _is_set(always, n, present)
             competes = competes & (granted == 0)
-            tl.store(listed + SIZE + slot, tl.where(granted, n | -2147483648, n), mask=present)
+            tl.store(listed + slot, tl.where(granted, n | -2147483648, n), mask=present)
         key = tl.where(competes, order_key(score), 0).to(tl.uint32)
-        tl.store(listed + slot, key.to(tl.int32, bitcast=True), mask=present)
+        tl.store(keys + slot, key.to(tl.int32, bitcast=True), mask=present)
+        competitors += competes.to(tl.int32)
+        highest = tl.maximum(highest, key)
+    return tl.sum(competitors), tl.max(highest)
+
+
+@triton.jit
+def _draw(keys, listed, lots, held, threshold, last, place, bound, PART: tl.constexpr):
+    """Put its hash beside each column that the scores left over, 0 beside the others; how many have one."""
+    competitors = tl.zeros((PART,), tl.int32)
+    for start in range(0, held, PART):
+        slot = start + tl.arange(0, PART)
+        present = slot < held
+        key = tl.load(keys + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
+        entry = tl.load(listed + slot, mask=present, other=0)
+        hashed = mix(place ^ entry.to(tl.uint32))
+        competes = present & (entry >= 0) & (precedes(key, slot, threshold, last) == 0) & (hashed >= bound)
+        hashed = tl.where(competes, hashed, 0).to(tl.uint32)
+        tl.store(lots + slot, hashed.to(tl.int32, bitcast=True), mask=present)
+        # A hash of 0 cannot compete, and as the smallest it need not: it is drawn where all that is left is.
+        competitors += (hashed != 0).to(tl.int32)
+    return tl.sum(competitors)
+
+
+@triton.jit
+def _reaching(keys, held, first, step, PART: tl.constexpr):
+    """How many listed keys reach `first`, one step more, and two: in fields of 21 bits."""
+    total = tl.zeros((PART,), tl.int32)
+    for start in range(0, held, PART):
+        slot = start + tl.arange(0, PART)
+        key = tl.load(keys + slot, mask=slot < held, other=0).to(tl.uint32, bitcast=True)
+        total += (key >= first).to(tl.int32)
+        total += (key >= first + step).to(tl.int32) << 10
+        total += (key >= first + 2 * step).to(tl.int32) << 20
+    wide = total.to(tl.int64)
+    return tl.sum((wide & 1023) | ((wide >> 10 & 1023) << 21) | (wide >> 20 << 42))
+
+
+@triton.jit
+def _cut_listed(keys, held, competitors, wanted, lowest, highest, SIZE: tl.constexpr, PART: tl.constexpr):
+    """`cut` over keys in memory, all 0 or from `lowest` to `highest`: two bits a pass over them, from the
+    first that differ."""
+    shift = tl.full((), 30, tl.int32)
+    while (shift > 0) & (((lowest ^ highest) >> shift.to(tl.uint32)) == 0):
+        shift -= 2
+    prefix = highest >> shift.to(tl.uint32) >> 2 << 2 << shift.to(tl.uint32)
+    wanted = tl.minimum(wanted, competitors)
+    reached = competitors
+    while (shift >= 0) & (reached > wanted):
+        step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
+        fields = _reaching(keys, held, prefix + step, step, PART)
+        one = (fields & 0x1FFFFF).to(tl.int32)
+        two = (fields >> 21 & 0x1FFFFF).to(tl.int32)
+        three = (fields >> 42).to(tl.int32)
+        digit = (one >= wanted).to(tl.uint32) + (two >= wanted).to(tl.uint32)
+        digit += (three >= wanted).to(tl.uint32)
+        reached = tl.where(one >= wanted, one, reached)
+        reached = tl.where(two >= wanted, two, reached)
+        reached = tl.where(three >= wanted, three, reached)
+        prefix += digit * step
+        shift -= 2
+    prefix = tl.maximum(prefix, 1)
+    last = tl.full((), 2147483647, tl.int32)
+    if reached > wanted:
+        taken = _ties_before(keys, held, prefix, held, PART) - (reached - wanted)
+        last = tl.full((), 0, tl.int32)
+        bit = tl.full((), SIZE // 2, tl.int32)
+        while bit != 0:
+            before = _ties_before(keys, held, prefix, last | bit, PART)
+            last = tl.where(before < taken, last | bit, last)
+            bit >>= 1
+        last = tl.where(taken > 0, last, -1)
+    return prefix, last
+
+
+@triton.jit
+def _ties_before(keys, held, threshold, end, PART: tl.constexpr):
+    """How many of the first `end` listed keys equal the threshold."""
+    total = tl.zeros((PART,), tl.int32)
+    for start in range(0, held, PART):
+        slot = start + tl.arange(0, PART)
+        key = tl.load(keys + slot, mask=slot < held, other=0).to(tl.uint32, bitcast=True)
+        total += ((key == threshold) & (slot < end)).to(tl.int32)
+    return tl.sum(total)
+
+
+@triton.jit(
+    do_not_specialize=["k", "random", "seed", "bound", "heads", "groups", "rows", "length", "capacity"]
+)
+def shortlist_kernel(
+    scores, always, floors, words, indices, counts, scratch,
+    k, random, seed, bound, heads, groups, rows, length, capacity,
+    stride_b, stride_h, stride_g, stride_always, stride_words,
+    RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Long rows whose candidates are marked, one after the other: list them, hold the contest among them.
+
+    Keys, columns and hashes lie in a program's own scratch memory, which the caches hold; in registers they
+    would leave room for one row a multiprocessor. Barriers stand where threads read what others wrote.
+    """
+    bound = bound.to(tl.uint32)
+    for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+        row = tl.cast(number, tl.int32)
+        # The program's own number, as a value of the loop: addresses kept from row to row would only spill.
+        keys = scratch + (row % tl.num_programs(0)).to(tl.int64) * (3 * SIZE)
+        listed = keys + SIZE
+        lots = keys + 2 * SIZE
+        b, h, g = locate(row, heads, groups)
+        line = scores + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
+        marks = always + g.to(tl.int64) * stride_always
+        place = place_of(seed, b, h, g)
+        floor = tl.load(floors + row)
+        held = _expand(words + row.to(tl.int64) * stride_words, listed, (length + 31) // 32, SIZE, PART)
+        tl.debug_barrier()
+        written = tl.full((), -1, tl.int32)
+        if held <= SIZE:
+            wanted = k.to(tl.int32)
+            competitors, highest = _complete(line, marks, keys, listed, held, floor, HAS_ALWAYS, PART)
+            tl.debug_barrier()
+            threshold, last = _cut_listed(
+                keys, held, competitors, wanted, order_key(floor), highest, SIZE, PART
+            )
+            enough = competitors >= wanted
+            drawn, drawn_last = threshold, last
+            if RANDOM:
+                extras = random.to(tl.int32)
+                left = _draw(keys, listed, lots, held, threshold, last, place, bound, PART)
+                tl.debug_barrier()
+                drawn, drawn_last = _cut_listed(
+                    lots, held, left, extras, bound, tl.full((), 0xFFFFFFFF, tl.uint32), SIZE, PART
+                )
+                enough = enough & (left >= extras)
+            if enough:
+                written = tl.full((), 0, tl.int32)
+                out = indices + row.to(tl.int64) * capacity
+                for start in range(0, held, PART):
+                    slot = start + tl.arange(0, PART)
+                    present = slot < held
+                    entry = tl.load(listed + slot, mask=present, other=0)
+                    key = tl.load(keys + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
+                    kept = (entry < 0) | precedes(key, slot, threshold, last)
+                    if RANDOM:
+                        lot = tl.load(lots + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
+                        kept = kept | precedes(lot, slot, drawn, drawn_last)
+                    written = append(out, entry & 0x7FFFFFFF, kept, written, capacity)
+        finish(indices + row.to(tl.int64) * capacity, counts, row, written, capacity, PART)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -298,54 +375,6 @@ def pack_kernel(mask, words, length, stride, BLOCK: tl.constexpr):
     bit = tl.full((1,), 1, tl.int32) << tl.arange(0, 32)
     marks = tl.sum(tl.where(marked, bit[None, :], 0), axis=1)
     tl.store(words + tl.program_id(0).to(tl.int64) * width + word, marks, mask=word < width)
-
-
-@triton.jit(
-    do_not_specialize=["k", "random", "seed", "bound", "heads", "groups", "rows", "length", "capacity"]
-)
-def shortlist_kernel(
-    scores, always, indices, counts, scratch,
-    k, random, seed, bound, share, heads, groups, rows, length, capacity,
-    stride_b, stride_h, stride_g, stride_always,
-    RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, SAMPLE: tl.constexpr, CLUSTER: tl.constexpr,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Long rows, one after the other: mark the candidates, list them, hold the contest among them.
-
-    Marks are bits, so that one running count of 32 columns a lane suffices: counting every step of the way
-    takes ten times the instructions. Barriers stand where threads read what others wrote.
-    """
-    bound = bound.to(tl.uint32)
-    whole = length // (32 * STEP) * (32 * STEP)
-    for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
-        row = tl.cast(number, tl.int32)
-        # The program's own number, as a value of the loop: addresses kept from row to row would only spill.
-        listed = scratch + (row % tl.num_programs(0)).to(tl.int64) * (2 * SIZE + WORDS)
-        words = listed + 2 * SIZE
-        b, h, g = locate(row, heads, groups)
-        line = scores + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
-        marks = always + g.to(tl.int64) * stride_always
-        place = place_of(seed, b, h, g)
-        floor = _estimate(line, marks, length, share, HAS_ALWAYS, SAMPLE, CLUSTER)
-        for start in tl.range(0, whole, 32 * STEP, num_stages=STAGES):
-            _mark(line, marks, words, start, length, floor, place, bound, HAS_ALWAYS, RANDOM, True, STEP)
-        if whole < length:
-            _mark(line, marks, words, whole, length, floor, place, bound, HAS_ALWAYS, RANDOM, False, STEP)
-        tl.debug_barrier()
-        held = _expand(words, listed, (length + 31) // 32, SIZE, WORDS)
-        tl.debug_barrier()
-        if held <= SIZE:
-            _complete(line, marks, listed, held, floor, HAS_ALWAYS, SIZE, PART)
-            tl.debug_barrier()
-            _decide(
-                indices + row.to(tl.int64) * capacity, counts, row, listed, marks, held,
-                k.to(tl.int32), random.to(tl.int32), place, capacity, bound,
-                RANDOM, True, HAS_ALWAYS, SIZE, PART,
-            )  # fmt: skip
-        else:
-            tl.store(counts + row, -1)
-        tl.debug_barrier()
 
 
 def packed(mask: Tensor, length: int) -> Tensor:
