@@ -15,6 +15,7 @@ from torch import Tensor
 from chipmunk_kernels.backends.triton.flash import key_count, log_sum_exp, reciprocal, sweep
 from chipmunk_kernels.backends.triton.launch import (
     LOG2E,
+    Launcher,
     attention_misfit,
     key_limits,
     on_device,
@@ -81,13 +82,16 @@ def dense_attention_kernel(
     v += b * v_b + h * v_h + d[None, :]
     q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)
     m, l, acc = sweep(
-        q_tile, k, v, k_n, v_n, key_count(key_length, b, keys), scale_log2, None, None,
-        BLOCK_M, BLOCK_N, WIDTH, OVERLAP, False, PRECISION,
+        q_tile, k, v, k_n, v_n, key_count(key_length, b, keys), scale_log2,
+        BLOCK_M, BLOCK_N, WIDTH, OVERLAP, PRECISION,
     )  # fmt: skip
 
     out_rows = out + b * out_b + h * out_h + row[:, None] * out_n + d[None, :]
     tl.store(out_rows, (acc * reciprocal(l)[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + pair.to(tl.int64) * rows + row, log_sum_exp(m, l), mask=inside)
+
+
+_launch = Launcher(dense_attention_kernel)
 
 
 def dense_attention(
@@ -118,15 +122,23 @@ def dense_attention(
     block_m = tile_rows(settings.block_m, rows)
     tiles = -(-rows // block_m)
     with on_device(q):
-        dense_attention_kernel[(batch * heads * tiles,)](
-            q, k, v, lengths, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            heads, rows, keys, tiles, scale * LOG2E,
-            WIDTH=width, BLOCK_M=block_m, BLOCK_N=settings.block_n,
-            SAME_ROWS=k.stride(2) == v.stride(2), OVERLAP=settings.overlap,
-            PRECISION=precision(q.dtype),
-            num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
-            maxnreg=register_cap(settings.max_registers),
+        _launch(
+            batch * heads * tiles,
+            (q, k, v, lengths, out, lse),
+            (
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+                heads, rows, keys, tiles,
+            ),
+            (scale * LOG2E,),
+            {
+                "WIDTH": width, "BLOCK_M": block_m, "BLOCK_N": settings.block_n,
+                "SAME_ROWS": k.stride(2) == v.stride(2), "OVERLAP": settings.overlap,
+                "PRECISION": precision(q.dtype),
+            },
+            {
+                "num_warps": tile_warps(settings.num_warps, block_m), "num_stages": settings.num_stages,
+                "maxnreg": register_cap(settings.max_registers),
+            },
         )  # fmt: skip
     return out, lse
 

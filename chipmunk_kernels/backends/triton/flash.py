@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
-LARGEST_SHARE = tl.constexpr(112.0)  # in base 2: 65536 rows of it still add up to a finite float32
 
 
 @triton.jit
@@ -43,6 +42,20 @@ def weigh(s, live, m, l, scale_log2, MASKED: tl.constexpr):
     rescale = tl.exp2(m - m_new)
     total = tl.sum(p * live.to(tl.float32)[None, :], 1) if MASKED else tl.sum(p, 1)
     return p, m_new, l * rescale + total, rescale
+
+
+@triton.jit
+def only(s, slots, live, BRANCH: tl.constexpr):
+    """Logits `(BLOCK_M, BLOCK_N)` of the first `live` slots, −∞ for the rest.
+
+    With BRANCH a full tile skips it; but a branch makes a product that is in flight wait.
+    """
+    if BRANCH:
+        if live < s.shape[1]:
+            s = tl.where((slots < live)[None, :], s, float("-inf"))
+        return s
+    else:
+        return tl.where((slots < live)[None, :], s, float("-inf"))
 
 
 @triton.jit
@@ -90,24 +103,14 @@ def held(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_mass(mass, column, live, p, m, reference, ADD: tl.constexpr):
-    """Give columns the sum over a tile's rows of p · exp2(m − reference): assign it, or ADD it."""
-    total = tl.sum(p * tl.exp2(tl.minimum(m - reference, LARGEST_SHARE))[:, None], 0)
-    if ADD:
-        total += tl.load(mass + column, mask=live, other=0.0)
-    tl.store(mass + column, total, mask=live)
-
-
-@triton.jit
 def sweep(
-    q, k, v, k_n, v_n, n, scale_log2, mass, reference,
+    q, k, v, k_n, v_n, n, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    OVERLAP: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A query tile against the first `n` columns; k and v are pointers `(1, D)` to the first of their rows.
 
-    `mass`, if not None, gains each column's weights relative to the rows' `reference` `(BLOCK_M,)`: see
-    `add_mass`. Returns m, l and acc.
+    Returns m, l and acc.
     """
     half = v.dtype.element_ty
     slots = tl.arange(0, BLOCK_N)
@@ -126,8 +129,6 @@ def sweep(
             acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
             p, m, l, rescale = weigh(s, slots < BLOCK_N, m, l, scale_log2, False)
             waiting = hold(p, half)
-            if mass is not None:
-                add_mass(mass, column, slots < BLOCK_N, p, m, reference, ADD)
         if full > 0:
             values = tl.load(v + (full - BLOCK_N + slots).to(tl.int64)[:, None] * v_n)
             acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
@@ -138,8 +139,6 @@ def sweep(
                 q, k + column[:, None] * k_n, v + column[:, None] * v_n, slots < BLOCK_N,
                 m, l, acc, scale_log2, False, PRECISION,
             )  # fmt: skip
-            if mass is not None:
-                add_mass(mass, column, slots < BLOCK_N, p, m, reference, ADD)
     if full < n:
         live = full + slots < n
         column = tl.minimum(full + slots, n - 1).to(tl.int64)
@@ -147,8 +146,6 @@ def sweep(
             q, k + column[:, None] * k_n, v + column[:, None] * v_n, live,
             m, l, acc, scale_log2, True, PRECISION,
         )  # fmt: skip
-        if mass is not None:
-            add_mass(mass, column, live, p, m, reference, ADD)
     return m, l, acc
 
 

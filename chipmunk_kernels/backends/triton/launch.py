@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,66 @@ LOG2E = 1.4426950408889634
 WIDTHS = (16, 32, 64, 128)
 SMALLEST_TILE = 16  # rows of one tensor-core instruction
 MOST_REGISTERS = 255  # that a thread can have
+ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that are not multiples of it
 _ELSEWHERE = nullcontext()
+
+
+class Launcher:
+    """Launches one kernel, and remembers which binary Triton chose for arguments alike.
+
+    Triton looks at every argument of every launch to find the binary that fits, which for the 30 arguments of
+    an attention kernel takes most of the launch's host time. Here one dictionary finds it, by everything that
+    the choice may depend on. Pointers that are not aligned, which is rare, are left to Triton each time.
+
+    Attributes:
+        kernel: the jit function: tensors come first among its arguments, then integers, then floats, then
+            compile-time constants.
+        known: binaries by device, dtypes, integers, constants and options.
+        limit: how many to remember before starting over: shapes are few, but nothing says so.
+    """
+
+    limit = 4096
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.known: dict[Hashable, Any] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        tensors: Sequence[Tensor | None],
+        integers: tuple[int, ...],
+        floats: Sequence[float],
+        constants: Mapping[str, Hashable],
+        options: Mapping[str, Hashable],
+    ) -> None:
+        """Launch `programs` programs on the current device's current stream.
+
+        Args:
+            tensors, integers, floats: arguments, in the kernel's order.
+            constants: compile-time constants by name, in the kernel's order.
+            options: Triton's, such as num_warps.
+        """
+        addresses, kinds = 0, []
+        for x in tensors:
+            if x is None:
+                kinds.append(None)
+            else:
+                addresses |= x.data_ptr()
+                kinds.append(x.dtype)
+        first = tensors[0]
+        assert first is not None
+        key = (first.device, *kinds, *integers, *constants.values(), *options.values())
+        aligned, grid = addresses % ALIGNMENT == 0, (programs, 1, 1)
+        binary = self.known.get(key) if aligned else None
+        if binary is not None:
+            binary[grid](*tensors, *integers, *floats, *constants.values())
+            return
+        binary = self.kernel[grid](*tensors, *integers, *floats, **constants, **options)
+        if aligned and binary is not None:  # the interpreter has none
+            if len(self.known) >= self.limit:
+                self.known.clear()
+            self.known[key] = binary
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

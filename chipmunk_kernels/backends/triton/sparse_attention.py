@@ -29,12 +29,14 @@ from chipmunk_kernels.backends.triton.flash import (
     hold,
     log_sum_exp,
     logits,
+    only,
     reciprocal,
     rows_of,
     weigh,
 )
 from chipmunk_kernels.backends.triton.launch import (
     LOG2E,
+    Launcher,
     attention_misfit,
     on_device,
     precision,
@@ -87,12 +89,16 @@ class SparseAttentionSettings(LaunchSettings):
 @triton.jit(do_not_specialize=["heads", "rows", "groups", "capacity", "group_size", "within", "tiles"])
 def sparse_attention_kernel(
     q, k, v, indices, counts, base, out, lse,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, base_b, base_h, base_n, out_b, out_h, out_n,
+    q_b, q_h, q_n, k_b, k_h, v_b, v_h, base_b, base_h, base_n, out_b, out_h, out_n,
     heads, rows, groups, capacity, group_size, within, tiles, scale_log2, sign,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_ROWS: tl.constexpr, PEEL_TAIL: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    K_N: tl.constexpr, V_N: tl.constexpr,
+    PEEL_TAIL: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One of the `tiles` row tiles that begin `within` each group. SAME_ROWS says that k_n equals v_n."""
+    """One of the `tiles` row tiles that begin `within` each group.
+
+    K_N and V_N are the strides of rows of k and v: constants, so that an address is one instruction.
+    """
     pair = tl.program_id(0) // (groups * tiles)
     tile = tl.program_id(0) % (groups * tiles)
     group = tile // tiles
@@ -103,8 +109,6 @@ def sparse_attention_kernel(
     row = row.to(tl.int64)
     d = tl.arange(0, WIDTH)
     slots = tl.arange(0, BLOCK_N)
-    if SAME_ROWS:
-        v_n = k_n
 
     which = pair.to(tl.int64) * groups + group
     columns = indices + which * capacity
@@ -126,16 +130,18 @@ def sparse_attention_kernel(
         half = v.dtype.element_ty
         rescale = tl.full((BLOCK_M,), 1.0, tl.float32)
         waiting = hold(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), half)
-        behind = ahead.to(tl.int64) * v_n
+        behind = ahead.to(tl.int64) * V_N
         # One step more than there are tiles, for the last product; none at all for an empty list.
         for start in tl.range(0, whole if PEEL_TAIL else tl.where(kept > 0, kept + BLOCK_N, 0), BLOCK_N):
-            keys = k + (ahead.to(tl.int64) * k_n)[:, None]
-            values = rows_of(v + behind[:, None], start - BLOCK_N + slots < kept, not PEEL_TAIL)
-            behind = ahead.to(tl.int64) * v_n
+            keys = k + (ahead.to(tl.int64) * K_N)[:, None]
+            values = tl.load(v + behind[:, None])
+            behind = ahead.to(tl.int64) * V_N
             ahead = tl.load(columns + tl.minimum(start + BLOCK_N + slots, last))
             s = logits(q_tile, keys, PRECISION)
             acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
-            p, m, l, rescale = weigh(s, start + slots < kept, m, l, scale_log2, not PEEL_TAIL)
+            if not PEEL_TAIL:
+                s = only(s, slots, kept - start, False)
+            p, m, l, rescale = weigh(s, slots < BLOCK_N, m, l, scale_log2, False)
             waiting = hold(p, half)
         if (whole if PEEL_TAIL else 0) > 0:
             values = tl.load(v + behind[:, None])
@@ -144,14 +150,16 @@ def sparse_attention_kernel(
         for start in tl.range(0, whole, BLOCK_N):
             column = ahead.to(tl.int64)[:, None]
             ahead = tl.load(columns + tl.minimum(start + BLOCK_N + slots, last))
-            m, l, acc, _ = attend(
-                q_tile, k + column * k_n, v + column * v_n, start + slots < kept,
-                m, l, acc, scale_log2, not PEEL_TAIL, PRECISION,
-            )  # fmt: skip
+            s = logits(q_tile, k + column * K_N, PRECISION)
+            if not PEEL_TAIL:
+                s = only(s, slots, kept - start, True)
+            p, m, l, rescale = weigh(s, slots < BLOCK_N, m, l, scale_log2, False)
+            values = tl.load(v + column * V_N)
+            acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
     if whole < kept:
         column = tl.load(columns + tl.minimum(whole + slots, last)).to(tl.int64)[:, None]
         m, l, acc, _ = attend(
-            q_tile, k + column * k_n, v + column * v_n, whole + slots < kept,
+            q_tile, k + column * K_N, v + column * V_N, whole + slots < kept,
             m, l, acc, scale_log2, True, PRECISION,
         )  # fmt: skip
 
@@ -162,6 +170,9 @@ def sparse_attention_kernel(
     out_rows = out + b * out_b + h * out_h + row[:, None] * out_n + d[None, :]
     tl.store(out_rows, result.to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + pair.to(tl.int64) * rows + row, log_sum_exp(m, l), mask=inside)
+
+
+_launch = Launcher(sparse_attention_kernel)
 
 
 def launches(group_size: int, settings: SparseAttentionSettings) -> list[tuple[int, int, int, int]]:
@@ -209,18 +220,27 @@ def sparse_attention(
     if scale < 0:
         q, scale = -q, -scale  # the running maximum is taken before scaling
     base_strides = (0, 0, 0) if base is None else base.stride()[:3]
+    indices, counts = columns.indices.contiguous(), columns.counts.contiguous()
     with on_device(q):
         for within, tiles, block_m, block_n in launches(columns.group_size, settings):
-            sparse_attention_kernel[(batch * heads * columns.groups * tiles,)](
-                q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
-                heads, rows, columns.groups, columns.capacity, columns.group_size, within, tiles,
-                scale * LOG2E, float(sign),
-                WIDTH=width, BLOCK_M=block_m, BLOCK_N=block_n,
-                SAME_ROWS=k.stride(2) == v.stride(2), PEEL_TAIL=settings.peel_tail,
-                OVERLAP=settings.overlap, PRECISION=precision(q.dtype),
-                num_warps=tile_warps(settings.num_warps, block_m), num_stages=settings.num_stages,
-                maxnreg=register_cap(settings.max_registers),
+            _launch(
+                batch * heads * columns.groups * tiles,
+                (q, k, v, indices, counts, base, out, lse),
+                (
+                    *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *base_strides, *out.stride()[:3],
+                    heads, rows, columns.groups, columns.capacity, columns.group_size, within, tiles,
+                ),
+                (scale * LOG2E, float(sign)),
+                {
+                    "WIDTH": width, "BLOCK_M": block_m, "BLOCK_N": block_n,
+                    "K_N": k.stride(2), "V_N": v.stride(2), "PEEL_TAIL": settings.peel_tail,
+                    "OVERLAP": settings.overlap, "PRECISION": precision(q.dtype),
+                },
+                {
+                    "num_warps": tile_warps(settings.num_warps, block_m),
+                    "num_stages": settings.num_stages,
+                    "maxnreg": register_cap(settings.max_registers),
+                },
             )  # fmt: skip
     return out, lse
 
@@ -231,7 +251,7 @@ KERNELS = (
 
 _DEFAULT = SparseAttentionSettings()
 _CONSTEXPRS = {
-    "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "SAME_ROWS": True,
+    "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "K_N": 128, "V_N": 128,
     "PEEL_TAIL": _DEFAULT.peel_tail, "OVERLAP": _DEFAULT.overlap, "PRECISION": "tf32",
 }  # fmt: skip
 _TYPES = {
