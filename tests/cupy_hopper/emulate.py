@@ -113,7 +113,7 @@ def _aligned(data: bytes) -> ctypes.Array[ctypes.c_char]:
     room = (ctypes.c_char * (len(data) + MAP_ALIGNMENT))()
     skip = -ctypes.addressof(room) % MAP_ALIGNMENT
     copy = (ctypes.c_char * len(data)).from_buffer(room, skip)
-    copy[:] = data
+    ctypes.memmove(copy, data, len(data))
     return copy
 
 

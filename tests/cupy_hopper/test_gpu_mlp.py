@@ -78,6 +78,7 @@ def test_real_sizes(tokens: int, width: int, neurons: int, group_size: int, dtyp
     [
         SparseMlpSettings(width=128, stages=6, band=1, lead_waves=1),
         SparseMlpSettings(width=192, band=16, lead_waves=3),
+        SparseMlpSettings(band=32, lead_waves=1, adds_in_l2=0),
         SparseMlpSettings(1, 2, 128, 4),
         SparseMlpSettings(width=128, stages=3),
     ],
@@ -148,6 +149,18 @@ def test_repeats_graphs_and_streams_are_bit_identical() -> None:
     on_side_stream(fill_then_call)
     assert torch.equal(first[0], aside[0])
     assert torch.equal(first[1], aside[1])
+
+
+def test_shapes_take_turns_on_a_stream() -> None:
+    """Each finds its counters as the launch before left them."""
+    shapes = (1000, 1500, 1000, 300)
+    inputs = [mlp_inputs(1, tokens, 256, 1024, dtype=BF16, group_size=128, device=GPU) for tokens in shapes]
+    expected = [run(each) for each in inputs]
+    for _ in range(3):
+        for each, (activations, output) in zip(inputs, expected, strict=True):
+            got = run(each)
+            assert torch.equal(got[0], activations)
+            assert torch.equal(got[1], output)
 
 
 def test_two_at_once_share_the_multiprocessors() -> None:

@@ -138,7 +138,7 @@ CASES: dict[str, tuple[dict[str, Any], SparseMlpSettings]] = {
             "density": 1.0,
             "dtype": BF16,
         },
-        SparseMlpSettings(width=192, band=1, lead_waves=1),
+        SparseMlpSettings(width=192, band=1, lead_waves=1, adds_in_l2=0),
     ),
     "one tile and a half a group": (
         {"tokens": 400, "width": 8, "neurons": 300, "width_out": 8, "group_size": 192, "dtype": FP16},
@@ -158,10 +158,12 @@ def test_agrees_with_the_reference(name: str, folder: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_wide_output_and_no_bias(folder: Path) -> None:
+@pytest.mark.parametrize("adds_in_l2", [0, 1])
+def test_wide_output_and_no_bias(adds_in_l2: int, folder: Path) -> None:
     inputs = mlp_inputs(2, 150, 40, 200, 200, 128, dtype=BF16)
     inputs = dataclasses.replace(inputs, b1=None, output_cache=inputs.output_cache.float())
-    check(inputs, emulated(Emulator(folder, 2), inputs, SMALL))
+    settings = dataclasses.replace(SMALL, adds_in_l2=adds_in_l2)
+    check(inputs, emulated(Emulator(folder, 2), inputs, settings))
 
 
 @needs_compiler

@@ -1,7 +1,8 @@
 // The sparse MLP delta in one persistent launch: up-projection with cache update, down-projection, overlapped.
 //
 // Compile-time parameters (macros): BF16 (elements are bfloat16, else float16); FLOAT_OUTPUT (the output cache is
-// float32, else of the elements' type); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
+// float32, else of the elements' type); ADD_IN_L2 (the output cache's entries are added to where they are, which
+// rounds the product on its own, else fetched and put back); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
 // output features make a tile; STAGES of its pipeline; TIMELINE (record when each tile was at work: `Record`).
 //
 // Both products have tokens as rows: D[token, neuron] = X W1[kept]^T and D[token, feature] = delta W2[kept]. The
@@ -509,13 +510,17 @@ struct UpEpilogue {
                                static_cast<index_t>(first_slot / DEPTH + pass) * A_BYTES +
                                (part.token + part.warp * 16 + part.lane / 4) * ROW_BYTES;
         const unsigned* biases = reinterpret_cast<const unsigned*>(bias + pass * PASS_ROWS) + quarter;
+        // All at once: a store would be a fence to the loads after it.
+        unsigned olds[PASS_ROWS / 16][4];
+#pragma unroll
+        for (int i = 0; i < PASS_ROWS / 16; ++i) load_matrix_4_transposed(rows + i * 2 * ATOM_BYTES, olds[i]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             unsigned delta[2][4];
 #pragma unroll
             for (int pair = 0; pair < 4; pair += 2) {
-                unsigned old[4], fresh[4];
-                load_matrix_4_transposed(rows + (half * 4 + pair) * ATOM_BYTES, old);
+                const unsigned(&old)[4] = olds[half * 2 + pair / 2];
+                unsigned fresh[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int eight = half * 4 + pair + i / 2, token = i % 2;
@@ -539,6 +544,27 @@ struct UpEpilogue {
         }
     }
 };
+
+// A chunk added to the output cache's.
+template <typename Word>
+__device__ __forceinline__ void add_out(Word* target, const unsigned char* source, int existing, bool aligned) {
+    constexpr int WORDS = 16 / sizeof(Word);
+    if (existing >= WORDS && aligned) {
+        const uint4 words = *reinterpret_cast<const uint4*>(source);
+        if (FLOAT_OUTPUT) add_floats_16(target, words);
+        else add_elements_16(target, words);
+    } else {
+        const Word* words = reinterpret_cast<const Word*>(source);
+#pragma unroll 1
+        for (int i = 0; i < WORDS && i < existing; ++i) {
+#if FLOAT_OUTPUT
+            target[i] += words[i];
+#else
+            target[i] = static_cast<Word>(pack(low_float(target[i]) + low_float(words[i]), 0.0f));
+#endif
+        }
+    }
+}
 
 // The output cache's 64 rows (tokens), 128 bytes of each a pass.
 struct DownEpilogue {
@@ -579,7 +605,13 @@ struct DownEpilogue {
             stage_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
     }
 
-    // The product added to the staged rows.
+    __device__ __forceinline__ void add(int pass) const {
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i)
+            add_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+    }
+
+    // The product added to the staged rows, or put there.
     __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], int pass) const {
         unsigned char* buffer = staging + pass % 2 * PASS_BYTES;
 #if FLOAT_OUTPUT
@@ -590,7 +622,7 @@ struct DownEpilogue {
             float2* word = reinterpret_cast<float2*>(
                 buffer + swizzled(part.warp * 16 + token * 8 + part.lane / 4, chunk) + part.lane % 2 * 8);
             const float* values = sum + pass * (OUTPUT_PASS / 2) + eight * 4 + token * 2;
-            const float2 old = *word;
+            const float2 old = ADD_IN_L2 ? make_float2(0.0f, 0.0f) : *word;
             *word = make_float2(old.x + values[0], old.y + values[1]);
         }
 #else
@@ -598,8 +630,8 @@ struct DownEpilogue {
 #pragma unroll
         for (int pair = 0; pair < 8; pair += 2) {
             const unsigned address = shared_address(buffer) + swizzled(row, pair + matrix / 2);
-            unsigned words[4];
-            load_matrix_4(address, words);
+            unsigned words[4] = {0, 0, 0, 0};
+            if (!ADD_IN_L2) load_matrix_4(address, words);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float* values = sum + pass * 32 + (pair + i / 2) * 4 + i % 2 * 2;
@@ -671,18 +703,30 @@ __device__ __forceinline__ void consume_down(
     const DownEpilogue epilogue{p, tile, part, shared.staging(part.warpgroup)};
     const int steps = (tile.count + DEPTH - 1) / DEPTH;
     float sum[ACCUMULATORS];
-    const int early = min(STEPS_BEFORE_PREFETCH, steps);
-    multiply_steps<1>(sum, shared, at, part, 0, early);
+    const int early = ADD_IN_L2 ? 0 : min(STEPS_BEFORE_PREFETCH, steps);
+    if (!ADD_IN_L2) {
+        multiply_steps<1>(sum, shared, at, part, 0, early);
 #pragma unroll
-    for (int pass = 0; pass < 2; ++pass) {
-        if (pass < DOWN_PASSES) epilogue.read(pass);
-        copies_commit();
+        for (int pass = 0; pass < 2; ++pass) {
+            if (pass < DOWN_PASSES) epilogue.read(pass);
+            copies_commit();
+        }
     }
     multiply_steps<1>(sum, shared, at, part, early, steps);
     finish_steps(sum, shared, at, part);
     MARK(summed, nanoseconds());
     // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
     if (part.thread == 0) announce(p.drained(tile.row, tile.part));
+#if ADD_IN_L2
+    // Others may still be reading what the tile before staged.
+    part.sync();
+#pragma unroll
+    for (int pass = 0; pass < DOWN_PASSES; ++pass) {
+        epilogue.change(sum, pass);
+        part.sync();
+        epilogue.add(pass);
+    }
+#else
 #pragma unroll
     for (int pass = 0; pass < DOWN_PASSES; ++pass) {
         if (pass + 1 < DOWN_PASSES) copies_wait<1>();
@@ -696,6 +740,7 @@ __device__ __forceinline__ void consume_down(
             copies_commit();
         }
     }
+#endif
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Shared& shared, int number) {

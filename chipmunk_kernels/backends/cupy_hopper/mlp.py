@@ -2,8 +2,8 @@
 
 Tiles are counted over the capacity, since the counts stay on the device; tiles past a group's count cost a
 claim each. The up-projection runs `lead` bands of token groups ahead of the down-projection, far enough that
-a down tile seldom waits; the packed delta between them lives in a ring of a few more than `lead` bands, enough
-that an up tile seldom waits for its place there.
+a down tile seldom waits; the packed delta between them lives in a ring of a few more than `lead` bands,
+enough that an up tile seldom waits for its place there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ WARPGROUP = 128
 SHARED_BYTES = 227 * 1024
 WARPGROUP_TOKENS = 64
 SPARE_WAVES = 2
-"""Tiles per multiprocessor between the last that reads a place in the ring and the first that writes there anew.
+"""Tiles per multiprocessor between the last that reads a place in the ring and the next that writes there.
 
-Where a video's ring had less than one, every up tile waited: 10.8 instead of 10.4 ms for 119056 tokens on an H200.
+Where a video's ring had less than one, up tiles waited: 10.8, not 10.4 ms for 119056 tokens on an H200.
 """
 
 
@@ -50,6 +50,8 @@ class SparseMlpSettings(LaunchSettings):
         stages: of the pipeline, 64 model features (up) or kept neurons (down) each.
         band: token groups that share a block of weights before the next one begins.
         lead_waves: how far up tiles run ahead of down tiles, in tiles per multiprocessor.
+        adds_in_l2: whether the output cache is added to where it is, nobody waiting for its old entries; the
+            product is rounded to the cache's type first, as PyTorch does.
     """
 
     token_warpgroups: int = choice(2, 1, 2)
@@ -58,6 +60,7 @@ class SparseMlpSettings(LaunchSettings):
     stages: int = choice(4, 3, 4, 5, 6)
     band: int = choice(4, 1, 2, 4, 8, 16, 32)
     lead_waves: int = choice(3, 1, 2, 3)
+    adds_in_l2: int = choice(1, 0, 1)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if fitted(self, min(problem.group_size, problem.rows)) != self:
@@ -76,7 +79,7 @@ def fitted(settings: SparseMlpSettings, rows: int) -> SparseMlpSettings:
     """The settings, for groups of `rows` tokens: two warpgroups share what would fill only one's tokens."""
     if rows > WARPGROUP_TOKENS or settings.token_warpgroups == 1:
         return settings
-    return SparseMlpSettings(1, 2, 128, 4, settings.band, settings.lead_waves)
+    return SparseMlpSettings(1, 2, 128, 4, settings.band, settings.lead_waves, settings.adds_in_l2)
 
 
 def shared_bytes(settings: SparseMlpSettings) -> int:
@@ -103,6 +106,7 @@ def source(
             ("WIDTH_WARPGROUPS", settings.width_warpgroups),
             ("WIDTH", settings.width),
             ("STAGES", settings.stages),
+            ("ADD_IN_L2", settings.adds_in_l2),
             ("TIMELINE", int(timeline)),
         ),
         FOLDER,
@@ -123,7 +127,8 @@ class Plan:
         numbers: arguments of the launch that are the same for all tensors of these shapes.
         schedule: of those, the band, the bands that up tiles run ahead, and the token groups (over the batch)
             whose packed delta is kept at once.
-        activations_aligned, output_aligned: whether all rows of a cache begin at multiples of 16 bytes if it does.
+        activations_aligned, output_aligned: whether all rows of a cache begin at multiples of 16 bytes if it
+            does.
     """
 
     kernel: Any
@@ -305,6 +310,7 @@ _TILES = (
     SparseMlpSettings(),
     SparseMlpSettings(width=128, stages=6),
     SparseMlpSettings(width=192),
+    SparseMlpSettings(adds_in_l2=0),
     fitted(SparseMlpSettings(), WARPGROUP_TOKENS),
 )
 SOURCES = tuple(
