@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulated")
 
 
+class FewBlocks(Emulator):
+    """No more blocks than the launch asks for: this kernel's find work for each."""
+
+    def launch(
+        self,
+        kernel: Any,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        *arguments: Any,
+        shared_bytes: int = 0,
+    ) -> None:
+        few = Emulator(self.folder, min(blocks, self.blocks), self.seed)
+        few.launch(kernel, device, blocks, threads, *arguments, shared_bytes=shared_bytes)
+
+
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, blocks: int, seed: int = 0) -> None:
     """Launches go to the host, `blocks` at a time."""
-    emulator = Emulator(folder, blocks, seed)
+    emulator = FewBlocks(folder, blocks, seed)
     monkeypatch.setattr(kernel, "load", emulator.load)
     monkeypatch.setattr(kernel, "launch", emulator.launch)
     monkeypatch.setattr(
@@ -53,6 +70,10 @@ CASES = [
     (SparseAttentionSettings(2, 128, 3), (1, 2, 257, 600, 256), 128, FP16, 0.7, 200),
     (SparseAttentionSettings(1, 64, 2, blocks=2), (2, 2, 191, 300, 192), 128, BF16, 0.5, 3),
     (SparseAttentionSettings(1, 48, 4), (3, 1, 63, 91, 50), 64, BF16, 0.1, 3),
+    # A tile left over for one or two of three blocks: cut by warpgroups, of which some have no row.
+    (SparseAttentionSettings(3, 80, 4), (1, 2, 384, 300, 192), 128, BF16, 0.4, 3),
+    (SparseAttentionSettings(3, 80, 3, ping_pong=True), (1, 1, 700, 300, 192), 64, FP16, 0.5, 3),
+    (SparseAttentionSettings(2, 80, 4), (1, 5, 190, 300, 256), 64, BF16, 0.5, 3),
 ]
 
 
@@ -161,6 +182,54 @@ def test_warpgroups_are_cut_to_the_group() -> None:
 def test_warpgroups_chosen_for_the_group(group_size: int, consumers: int) -> None:
     """As many as share a row without idling much."""
     assert SparseAttentionSettings().fitted(group_size).consumers == consumers
+
+
+@pytest.mark.parametrize("rows", [1, 64, 128, 191, 192, 193, 4352, 4480])
+@pytest.mark.parametrize("group_size", [64, 100, 128, 192, 256])
+@pytest.mark.parametrize("pairs", [1, 5, 24])
+def test_shares_cover_every_row_once(rows: int, group_size: int, pairs: int) -> None:
+    """The kernel's arithmetic of units; no more parts with rows than blocks among the tiles left over."""
+    for consumers, blocks in ((1, 7), (2, 5), (3, 4), (2, 132), (3, 132)):
+        tiles = -(-group_size // (64 * consumers))
+        groups = -(-rows // group_size)
+        total = pairs * groups * tiles
+        whole, units = kernel.share_out(pairs, groups * tiles, rows, tiles, group_size, consumers, blocks)
+        assert whole == units == total or whole == total - total % blocks
+        seen = torch.zeros(pairs, rows, dtype=torch.int32)
+        late: dict[int, int] = {}
+        for unit in range(units):
+            pair, first, limit = place(unit, whole, total, pairs, groups, tiles, rows, group_size, consumers)
+            seen[pair, first:limit] += 1
+            if unit >= whole and first < limit:
+                late[unit % blocks] = late.get(unit % blocks, 0) + 1
+        assert bool((seen == 1).all())
+        assert units - whole <= blocks or sum(late.values()) <= blocks
+
+
+def place(
+    unit: int, whole: int, total: int, pairs: int, groups: int, tiles: int, rows: int, group_size: int,
+    consumers: int,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Pair, first row and limit of a unit, as `Place` has them."""
+    tile, part, tall = unit, 0, 64 * consumers
+    if unit >= whole:
+        part, tile = divmod(unit - whole, total - whole)
+        tile, tall = tile + whole, 64
+    others = groups * tiles - 1
+    pair, rest = tile - pairs * others, others
+    if pair < 0:
+        pair, rest = divmod(tile, others)
+    group = rest // tiles
+    first = group * group_size + rest % tiles * 64 * consumers + part * 64
+    return pair, first, min((group + 1) * group_size, rows, first + tall)
+
+
+def test_what_is_left_over_of_short_problems_is_cut() -> None:
+    """24 heads on 132 multiprocessors: 4352 rows leave 24 tiles of 128 rows, 4480 24 whole ones besides."""
+    assert kernel.share_out(24, 23, 4352, 1, 192, 3, 132) == (528, 528 + 3 * 24)
+    assert kernel.share_out(24, 24, 4480, 1, 192, 3, 132) == (528, 528 + 3 * 48)
+    assert kernel.share_out(24, 34, 4352, 1, 128, 2, 132) == (792, 792 + 2 * 24)
+    assert kernel.share_out(24, 618, 118656, 1, 192, 3, 132) == (14832, 14832), "no room for 144 parts"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

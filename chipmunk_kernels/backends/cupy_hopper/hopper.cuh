@@ -221,6 +221,12 @@ __device__ __forceinline__ void copy_16_or_zeros(unsigned target, const void* so
                  : "memory");
 }
 
+// Has the L2 cache fetch the 32 bytes around this address, at least. (The bulk form takes one address a warp.)
+__device__ __forceinline__ void prefetch_sector(const void* source) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(source) : "memory");
+}
+constexpr int SECTOR_BYTES = 32;
+
 // Arrives on the barrier once all earlier cp.async of this thread have landed. Counts as one of the arrivals
 // that the barrier was initialised with. The copies are generic-proxy writes: see `fence_async_proxy`.
 __device__ __forceinline__ void barrier_arrive_after_copies(unsigned barrier) {
@@ -242,11 +248,6 @@ __device__ __forceinline__ void bulk_load(unsigned target, const void* source, i
             target),
         "l"(source), "r"(bytes), "r"(barrier)
         : "memory");
-}
-
-// Has the L2 cache fetch `bytes` (a multiple of 16, the address too), and goes on.
-__device__ __forceinline__ void bulk_prefetch(const void* source, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void bulk_store(void* target, unsigned source, int bytes) {

@@ -7,7 +7,7 @@
 // it is: one shuffle, one multiply-add and one copy for every 512 bytes.
 //
 // Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's
-// keys and values in the L2 cache. The fetching warpgroup runs ahead into the next row tile, so its first
+// keys and values in the L2 cache; the last few tiles, less than a round, are cut by warpgroups (`Place`). The fetching warpgroup runs ahead into the next row tile, so its first
 // loads hide behind the last products and the epilogue of the one before.
 //
 // Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
@@ -50,27 +50,45 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr float SLACK = 8.0f;
 
 struct Shape {
-    int heads, rows, groups, group_size, tiles, total;
+    int heads, rows, groups, group_size, tiles, total, whole, units;
     long long capacity;
 };
 
-// Row tile `tile` of `tiles` in each of the `groups` of each (batch, head) pair.
+// What a block does at a time. The first `whole` units are one row tile each, all CONSUMERS warpgroups at
+// work; the row tiles left over, too few for a round of all blocks, are shared out by warpgroups, 64 rows a
+// unit. The last tile of each (batch, head) pair, which may be ragged, comes after all others.
 struct Place {
-    int b, h, first, limit;  // limit: the row after the last that is both in the group and a query
+    int b, h, first, limit;  // limit: the row after the last that is in the unit, the group and the queries
+    int list;                // which of the column lists
 
-    __device__ __forceinline__ Place(const Shape& shape, int tile) {
-        int pair = tile / (shape.groups * shape.tiles);
-        int rest = tile - pair * (shape.groups * shape.tiles);
-        int group = rest / shape.tiles;
+    __device__ __forceinline__ Place(const Shape& shape, int unit) {
+        int tile = unit, part = 0, rows = ROWS;
+        if (unit >= shape.whole) {
+            const int left = shape.total - shape.whole;
+            part = (unit - shape.whole) / left;
+            tile = unit - part * left;
+            rows = WARPGROUP_ROWS;
+        }
+        const int others = shape.groups * shape.tiles - 1;  // of each pair, but for the last
+        const int pairs = shape.total / (others + 1);
+        int pair = tile - pairs * others, rest = others;
+        if (pair < 0) {
+            pair = tile / others;
+            rest = tile - pair * others;
+        }
+        const int group = rest / shape.tiles;
         b = pair / shape.heads;
         h = pair - b * shape.heads;
-        first = group * shape.group_size + (rest - group * shape.tiles) * ROWS;
-        limit = min((group + 1) * shape.group_size, shape.rows);
+        list = pair * shape.groups + group;
+        first = group * shape.group_size + (rest - group * shape.tiles) * ROWS + part * WARPGROUP_ROWS;
+        limit = min(min((group + 1) * shape.group_size, shape.rows), first + rows);
+    }
+
+    // Of columns; a unit without rows needs none.
+    __device__ __forceinline__ int count(const int* counts) const {
+        return first < limit ? load_constant(counts + list) : 0;
     }
 };
-
-// Which of the column lists it uses.
-__device__ __forceinline__ long long list_of(const Shape& shape, int tile) { return tile / shape.tiles; }
 
 // A ring of stages: where it stands, and the parity of this round.
 struct Ring {
@@ -177,12 +195,25 @@ __device__ __forceinline__ void fetch_queries(
     barrier_arrive_after_copies(barrier);
 }
 
+// Has the L2 cache fetch what the output will be added to: the epilogue waits for it with nothing else to do.
+__device__ __forceinline__ void prefetch_rows(const char* rows, int stride, const Place& place) {
+    constexpr int SECTORS = WIDTH * 2 / SECTOR_BYTES;
+    rows += thread_number() % SECTORS * SECTOR_BYTES;
+#pragma unroll 1
+    for (int at = place.first + thread_number() / SECTORS; at < place.limit; at += WARPGROUP / SECTORS)
+        prefetch_sector(row_at(rows, at, stride));
+}
+
 struct Inputs {
-    const char *q, *k, *v;
+    const char *q, *k, *v, *base;
     const int *indices, *counts;
-    long long q_b, q_h, k_b, k_h, v_b, v_h;
-    int q_n, k_n, v_n;
+    long long q_b, q_h, k_b, k_h, v_b, v_h, base_b, base_h;
+    int q_n, k_n, v_n, base_n;
 };
+
+__device__ __forceinline__ Columns columns_of(const Inputs& in, const Shape& shape, const Place& place) {
+    return Columns(in.indices + place.list * shape.capacity, place.count(in.counts));
+}
 
 __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, const Shared& shared) {
     const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
@@ -193,15 +224,14 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
     Ring keys, values;
     int queries_parity = 0;
     int upcoming[ENTRIES], current[ENTRIES], held[ENTRIES];
-    int tile = blockIdx.x;
-    Columns columns(in.indices + list_of(shape, tile) * shape.capacity, in.counts[list_of(shape, tile)]);
+    int unit = blockIdx.x;
+    Columns columns = columns_of(in, shape, Place(shape, unit));
     if (columns.count > 0) columns.read(upcoming, 0, chunk, row);
 
-    while (tile < shape.total) {
-        const Place place(shape, tile);
-        const int next = tile + gridDim.x;
-        const long long list = list_of(shape, min(next, shape.total - 1));
-        const Columns following(in.indices + list * shape.capacity, in.counts[list]);
+    while (unit < shape.units) {
+        const Place place(shape, unit);
+        const int next = unit + gridDim.x;
+        const Columns following = columns_of(in, shape, Place(shape, min(next, shape.units - 1)));
         const char* k = in.k + place.b * in.k_b + place.h * in.k_h + chunk * 16;
         const char* v = in.v + place.b * in.v_b + place.h * in.v_h + chunk * 16;
 
@@ -235,10 +265,12 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
                 fetch_queries(
                     query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
                 queries_parity ^= 1;
+                if (in.base)
+                    prefetch_rows(in.base + place.b * in.base_b + place.h * in.base_h, in.base_n, place);
             }
         }
         columns = following;
-        tile = next;
+        unit = next;
     }
     copies_commit();
     copies_wait<0>();  // the block's shared memory outlives the copies into it
@@ -457,6 +489,27 @@ __device__ __forceinline__ void await_tile(unsigned barrier, int parity) {
     fence_async_proxy();
 }
 
+// A warpgroup without a row in this unit: its arrivals count all the same.
+__device__ __forceinline__ void pass_by(
+    const Shared& shared, Ring& keys, Ring& values, int& queries_parity, int tiles, int consumer, int lane) {
+    if (tiles == 0) return;
+    barrier_wait(shared.queries_full(), queries_parity);
+    queries_parity ^= 1;
+    release(shared.queries_empty(), lane);
+    for (int t = 0; t < tiles; ++t) {
+        barrier_wait(shared.keys_full(keys.stage), keys.parity);
+        release(shared.keys_empty(keys.stage), lane);
+        keys.advance();
+        if (t > 0) {
+            await_turn(consumer);
+            pass_turn(consumer);
+        }
+        barrier_wait(shared.values_full(values.stage), values.parity);
+        release(shared.values_empty(values.stage), lane);
+        values.advance();
+    }
+}
+
 __device__ __forceinline__ void compute(
     const int* counts, const Outputs& to, const Shape& shape, const Shared& shared, int consumer) {
     const int lane = threadIdx.x % WARP;
@@ -468,14 +521,18 @@ __device__ __forceinline__ void compute(
 
     Ring keys, values;
     int queries_parity = 0;
-    int count = counts[list_of(shape, blockIdx.x)];
+    int count = Place(shape, blockIdx.x).count(counts);
     if (PING_PONG && consumer == 0) named_arrive(FIRST_TURN, 2 * WARPGROUP);
 
-    for (int tile = blockIdx.x; tile < shape.total; tile += gridDim.x) {
+    for (int unit = blockIdx.x; unit < shape.units; unit += gridDim.x) {
         const int tiles = (count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
         const int head = count - (tiles - 1) * BLOCK_COLUMNS;
-        count = counts[list_of(shape, min(tile + static_cast<int>(gridDim.x), shape.total - 1))];
-        const Place place(shape, tile);
+        count = Place(shape, min(unit + static_cast<int>(gridDim.x), shape.units - 1)).count(counts);
+        const Place place(shape, unit);
+        if (place.first + consumer * WARPGROUP_ROWS >= place.limit) {
+            pass_by(shared, keys, values, queries_parity, tiles, consumer, lane);
+            continue;
+        }
         Output o;
         Onto onto;
         Softmax state;
@@ -559,7 +616,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
     long long k_n, long long v_b, long long v_h, long long v_n, long long base_b, long long base_h,
     long long base_n, long long out_b, long long out_h, long long out_n, long long heads, long long rows,
     long long groups, long long capacity, long long group_size, long long tiles, long long total,
-    double scale_log2, double sign) {
+    long long whole, long long units, double scale_log2, double sign) {
     extern __shared__ unsigned char memory[];
     const Shared shared(shared_address(memory));
     const Shape shape{
@@ -569,6 +626,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
         static_cast<int>(group_size),
         static_cast<int>(tiles),
         static_cast<int>(total),
+        static_cast<int>(whole),
+        static_cast<int>(units),
         capacity};
     if (threadIdx.x == 0) {
         if (shared.queries % ATOM_BYTES) trap();  // swizzling goes by the address
@@ -582,6 +641,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
             q,
             k,
             v,
+            base,
             indices,
             counts,
             q_b,
@@ -590,9 +650,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
             k_h,
             v_b,
             v_h,
+            base_b,
+            base_h,
             static_cast<int>(q_n),
             static_cast<int>(k_n),
-            static_cast<int>(v_n)};
+            static_cast<int>(v_n),
+            static_cast<int>(base_n)};
         fetch(in, shape, shared);
     } else {
         if constexpr (SHARE_REGISTERS) take_registers<COMPUTE_REGISTERS>();

@@ -183,22 +183,49 @@ def _plan(
     _, _, groups, capacity = lists
     kernel, most_blocks = _kernel(dtype, width, settings, device)
     tiles = -(-group_size // (ROWS * settings.consumers))
-    total = batch * heads * groups * tiles
+    pairs, each = batch * heads, groups * tiles
+    total = pairs * each
+    whole, units = share_out(pairs, each, rows, tiles, group_size, settings.consumers, most_blocks)
     out_strides = empty_like_queries(torch.empty_strided(shape, strides[0], device="meta")).stride()
     steps = [_steps(each or (0, 0, 0, 1)) for each in (*strides, out_strides)]
     return Plan(
         kernel=kernel,
-        blocks=min(most_blocks, total),
+        blocks=min(most_blocks, units),
         threads=WARPGROUP * (settings.consumers + 1),
         shared_bytes=shared_bytes(width, settings),
         out_strides=out_strides,
         readable=all(_readable(each) for each in steps),
         numbers=(
             *(step for each in steps for step in each),
-            *(heads, rows, groups, capacity, group_size, tiles, total),
+            *(heads, rows, groups, capacity, group_size, tiles, total, whole, units),
             *(scale * LOG2E, float(sign)),
         ),
     )
+
+
+def share_out(
+    pairs: int, each: int, rows: int, tiles: int, group_size: int, consumers: int, blocks: int
+) -> tuple[int, int]:
+    """How many row tiles are done whole, and how many units of work they and the parts of the others make.
+
+    Tiles left over after rounds of all blocks are cut into one part a warpgroup, if the parts that have rows
+    fit one round: a part takes about half of a whole tile's time, for it is bound by its gathers.
+
+    Args:
+        pairs: (batch, head) pairs, of `each` row tiles.
+        rows: queries; the last tile of a pair holds the last of them, and comes after those of all pairs.
+        tiles: of a group of `group_size` queries.
+        consumers: warpgroups of a block.
+        blocks: that run at once.
+    """
+    total = pairs * each
+    left = total % blocks
+    last = min(group_size, rows - (each // tiles - 1) * group_size) - (tiles - 1) * ROWS * consumers
+    parts_of_last = max(0, min(consumers, -(-last // ROWS)))
+    parts = min(left, pairs) * parts_of_last + max(0, left - pairs) * consumers
+    if consumers == 1 or not left or parts > blocks:
+        return total, total
+    return total - left, total - left + left * consumers
 
 
 def sparse_attention(
