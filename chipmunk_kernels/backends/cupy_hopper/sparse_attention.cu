@@ -195,13 +195,17 @@ __device__ __forceinline__ void fetch_queries(
     barrier_arrive_after_copies(barrier);
 }
 
-// Has the L2 cache fetch what the output will be added to: the epilogue waits for it with nothing else to do.
-__device__ __forceinline__ void prefetch_rows(const char* rows, int stride, const Place& place) {
+// Has the L2 cache fetch a unit's rows of a tensor, which may be none: what the output will be added to, for
+// which the epilogue waits with nothing else to do, and the next queries, whose place is free only late.
+__device__ __forceinline__ void prefetch_rows(
+    const char* tensor, long long b_bytes, long long h_bytes, int n_bytes, const Place& place) {
+    if (!tensor) return;
     constexpr int SECTORS = WIDTH * 2 / SECTOR_BYTES;
-    rows += thread_number() % SECTORS * SECTOR_BYTES;
+    const char* rows =
+        tensor + place.b * b_bytes + place.h * h_bytes + thread_number() % SECTORS * SECTOR_BYTES;
 #pragma unroll 1
     for (int at = place.first + thread_number() / SECTORS; at < place.limit; at += WARPGROUP / SECTORS)
-        prefetch_sector(row_at(rows, at, stride));
+        prefetch_sector(row_at(rows, at, n_bytes));
 }
 
 struct Inputs {
@@ -259,14 +263,16 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
                     shared.values + values.stage * STAGE_BYTES + target, v, in.v_n, held,
                     shared.values_full(values.stage));
                 values.advance();
+                if (t == 1) {
+                    prefetch_rows(in.base, in.base_b, in.base_h, in.base_n, place);
+                    if (next < shape.units) prefetch_rows(in.q, in.q_b, in.q_h, in.q_n, Place(shape, next));
+                }
             } else if (more) {
                 barrier_wait(shared.queries_empty(), queries_parity ^ 1);
                 const char* q = in.q + place.b * in.q_b + place.h * in.q_h + chunk * 16;
                 fetch_queries(
                     query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
                 queries_parity ^= 1;
-                if (in.base)
-                    prefetch_rows(in.base + place.b * in.base_b + place.h * in.base_h, in.base_n, place);
             }
         }
         columns = following;
