@@ -202,7 +202,10 @@ def _expand(words, listed, used, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _complete(scores, always, keys, listed, held, floor, HAS_ALWAYS: tl.constexpr, PART: tl.constexpr):
     """Put the keys beside the listed columns, 0 for those listed for other reasons than their score, and the
-    sign bit on the columns that are kept anyway. How many compete, and the highest key."""
+    sign bit on the columns that are kept anyway. How many compete, and the highest key.
+
+    Slots past the last get zeros, which win nothing: later loads need no mask, which would break them up.
+    """
     competitors = tl.zeros((PART,), tl.int32)
     highest = tl.zeros((PART,), tl.uint32)
     for start in range(0, held, PART):
@@ -214,9 +217,10 @@ def _complete(scores, always, keys, listed, held, floor, HAS_ALWAYS: tl.constexp
         if HAS_ALWAYS:
             granted = _is_set(always, n, present)
             competes = competes & (granted == 0)
-            tl.store(listed + slot, tl.where(granted, n | -2147483648, n), mask=present)
+            n = tl.where(granted, n | -2147483648, n)
         key = tl.where(competes, order_key(score), 0).to(tl.uint32)
-        tl.store(keys + slot, key.to(tl.int32, bitcast=True), mask=present)
+        tl.store(keys + slot, key.to(tl.int32, bitcast=True))
+        tl.store(listed + slot, n)
         competitors += competes.to(tl.int32)
         highest = tl.maximum(highest, key)
     return tl.sum(competitors), tl.max(highest)
@@ -228,13 +232,14 @@ def _draw(keys, listed, lots, held, threshold, last, place, bound, PART: tl.cons
     competitors = tl.zeros((PART,), tl.int32)
     for start in range(0, held, PART):
         slot = start + tl.arange(0, PART)
-        present = slot < held
-        key = tl.load(keys + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
-        entry = tl.load(listed + slot, mask=present, other=0)
+        key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
+        entry = tl.load(listed + slot)
         hashed = mix(place ^ entry.to(tl.uint32))
-        competes = present & (entry >= 0) & (precedes(key, slot, threshold, last) == 0) & (hashed >= bound)
+        competes = (
+            (slot < held) & (entry >= 0) & (precedes(key, slot, threshold, last) == 0) & (hashed >= bound)
+        )
         hashed = tl.where(competes, hashed, 0).to(tl.uint32)
-        tl.store(lots + slot, hashed.to(tl.int32, bitcast=True), mask=present)
+        tl.store(lots + slot, hashed.to(tl.int32, bitcast=True))
         # A hash of 0 cannot compete, and as the smallest it need not: it is drawn where all that is left is.
         competitors += (hashed != 0).to(tl.int32)
     return tl.sum(competitors)
@@ -246,7 +251,7 @@ def _reaching(keys, held, first, step, PART: tl.constexpr):
     total = tl.zeros((PART,), tl.int32)
     for start in range(0, held, PART):
         slot = start + tl.arange(0, PART)
-        key = tl.load(keys + slot, mask=slot < held, other=0).to(tl.uint32, bitcast=True)
+        key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
         total += (key >= first).to(tl.int32)
         total += (key >= first + step).to(tl.int32) << 10
         total += (key >= first + 2 * step).to(tl.int32) << 20
@@ -297,7 +302,7 @@ def _ties_before(keys, held, threshold, end, PART: tl.constexpr):
     total = tl.zeros((PART,), tl.int32)
     for start in range(0, held, PART):
         slot = start + tl.arange(0, PART)
-        key = tl.load(keys + slot, mask=slot < held, other=0).to(tl.uint32, bitcast=True)
+        key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
         total += ((key == threshold) & (slot < end)).to(tl.int32)
     return tl.sum(total)
 
@@ -353,12 +358,11 @@ def shortlist_kernel(
                 out = indices + row.to(tl.int64) * capacity
                 for start in range(0, held, PART):
                     slot = start + tl.arange(0, PART)
-                    present = slot < held
-                    entry = tl.load(listed + slot, mask=present, other=0)
-                    key = tl.load(keys + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
+                    entry = tl.load(listed + slot)
+                    key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
                     kept = (entry < 0) | precedes(key, slot, threshold, last)
                     if RANDOM:
-                        lot = tl.load(lots + slot, mask=present, other=0).to(tl.uint32, bitcast=True)
+                        lot = tl.load(lots + slot).to(tl.uint32, bitcast=True)
                         kept = kept | precedes(lot, slot, drawn, drawn_last)
                     written = append(out, entry & 0x7FFFFFFF, kept, written, capacity)
         finish(indices + row.to(tl.int64) * capacity, counts, row, written, capacity, PART)
