@@ -235,10 +235,10 @@ def test_what_it_cannot_run() -> None:
             "relu", SMALL,
         )  # fmt: skip
     narrow = mlp_inputs(1, 100, 64, 128, 100, dtype=BF16)
-    with pytest.raises(ValueError, match=r"w2_by_neuron: .*whole 16 bytes"):
+    with pytest.raises(ValueError, match=r"whole 16 bytes.* widths 64 and 100"):
         call(narrow, *caches(narrow))
     shifted = dataclasses.replace(inputs, x=torch.zeros(1, 100, 72, dtype=BF16)[..., 1:65])
-    with pytest.raises(ValueError, match=r"x: .*whole 16 bytes"):
+    with pytest.raises(ValueError, match="whole 16 bytes"):
         call(shifted, *caches(inputs))
     kernel = mlp.KERNELS[0]
     assert "float32" in str(kernel.unsupported(torch.float32, 64))

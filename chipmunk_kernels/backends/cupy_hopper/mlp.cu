@@ -200,7 +200,6 @@ __device__ __forceinline__ void await(const int* counter, int least) {
 
 // By one thread, after a barrier among those whose accesses it stands for.
 __device__ __forceinline__ void announce(int* counter) {
-    __threadfence();
     add_release(counter, 1);
 }
 
@@ -492,11 +491,26 @@ struct UpEpilogue {
         return staging + pass % 2 * PASS_BYTES + swizzled(part.thread / CHUNKS, part.thread % CHUNKS) +
                i * ROWS_AT_ONCE * ROW_BYTES;
     }
+    // Whether all threads have only whole chunks.
+    __device__ __forceinline__ bool plain() const { return p.cache_aligned && tile.tokens >= part.token + 64; }
     __device__ __forceinline__ void read(int pass, int i, int neuron) const {
         if (neuron >= 0) stage_in(staged(pass, i), entries(neuron), existing(), p.cache_aligned);
     }
-    __device__ __forceinline__ void write(int pass, int i, int neuron) const {
-        if (neuron >= 0) stage_out(entries(neuron), staged(pass, i), existing(), p.cache_aligned);
+    __device__ __forceinline__ void write(int pass, const int (&neurons)[PASS_LOADS]) const {
+        if (plain()) {
+            uint4 words[PASS_LOADS];
+#pragma unroll
+            for (int i = 0; i < PASS_LOADS; ++i) words[i] = *reinterpret_cast<const uint4*>(staged(pass, i));
+#pragma unroll
+            for (int i = 0; i < PASS_LOADS; ++i)
+                if (neurons[i] >= 0) *reinterpret_cast<uint4*>(entries(neurons[i])) = words[i];
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < PASS_LOADS; ++i) {
+                const int again = neuron(slot(pass, i));
+                if (again >= 0) stage_out(entries(again), staged(pass, i), existing(), p.cache_aligned);
+            }
+        }
     }
 
     // New activations into the staged rows, in place of the old; their difference into the packed delta.
@@ -545,14 +559,17 @@ struct UpEpilogue {
     }
 };
 
+__device__ __forceinline__ void add_16(void* target, uint4 words) {
+    if (FLOAT_OUTPUT) add_floats_16(target, words);
+    else add_elements_16(target, words);
+}
+
 // A chunk added to the output cache's.
 template <typename Word>
 __device__ __forceinline__ void add_out(Word* target, const unsigned char* source, int existing, bool aligned) {
     constexpr int WORDS = 16 / sizeof(Word);
     if (existing >= WORDS && aligned) {
-        const uint4 words = *reinterpret_cast<const uint4*>(source);
-        if (FLOAT_OUTPUT) add_floats_16(target, words);
-        else add_elements_16(target, words);
+        add_16(target, *reinterpret_cast<const uint4*>(source));
     } else {
         const Word* words = reinterpret_cast<const Word*>(source);
 #pragma unroll 1
@@ -605,10 +622,23 @@ struct DownEpilogue {
             stage_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
     }
 
+    // Whether all threads have only whole chunks.
+    __device__ __forceinline__ bool plain() const {
+        return p.output_aligned && tile.tokens >= part.token + 64 &&
+               tile.block * WIDE + part.column + WIDTH <= p.width_out;
+    }
     __device__ __forceinline__ void add(int pass) const {
+        if (plain()) {
+            uint4 words[PASS_LOADS];
 #pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i)
-            add_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+            for (int i = 0; i < PASS_LOADS; ++i) words[i] = *reinterpret_cast<const uint4*>(staged(pass, i));
+#pragma unroll
+            for (int i = 0; i < PASS_LOADS; ++i) add_16(entries(pass, i), words[i]);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < PASS_LOADS; ++i)
+                add_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+        }
     }
 
     // The product added to the staged rows, or put there.
@@ -684,10 +714,9 @@ __device__ __forceinline__ void consume_up(
         part.sync();
         epilogue.change(sum, bias, pass);
         // Bulk copies will read the delta.
-        fence_async_proxy_global();
+        if (pass == UP_PASSES - 1) fence_async_proxy_global();
         part.sync();
-#pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i) epilogue.write(pass, i, neurons[pass][i]);
+        epilogue.write(pass, neurons[pass]);
         if (pass + 2 < UP_PASSES) {
 #pragma unroll
             for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass + 2, i, neurons[pass + 2][i]);

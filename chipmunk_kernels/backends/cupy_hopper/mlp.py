@@ -234,12 +234,18 @@ def sparse_mlp(
     width_out = w2_by_neuron.shape[1]
     if indices.numel() * x.numel() * width_out == 0:
         return
-    for name, tensor in (("x", x), ("w1", w1), ("w2_by_neuron", w2_by_neuron)):
-        _check_rows(name, tensor)
+    strides = x.stride(), w1.stride(), w2_by_neuron.stride()
+    aligned = (x.data_ptr() | w1.data_ptr() | w2_by_neuron.data_ptr()) % ALIGNED_BYTES == 0
+    if not (aligned and _readable(x.shape[-1], width_out, strides, x.dtype)):
+        raise ValueError(
+            "x, w1, w2_by_neuron: the cupy_hopper backend needs rows of whole 16 bytes (widths and "
+            f"strides that are multiples of {ALIGNED_ELEMENTS}, an aligned start); got widths {x.shape[-1]} "
+            f"and {width_out}, strides {strides}; use backend='triton'"
+        )
     plan = _plan(
         settings, x.dtype, output_cache.dtype, x.shape, width_out,
         (columns.groups, columns.capacity, columns.group_size),
-        (w1.stride(), w2_by_neuron.stride(), activation_cache.stride(), output_cache.stride()),
+        (*strides[1:], activation_cache.stride(), output_cache.stride()),
         device,
     )  # fmt: skip
     x, x_map = with_map(x.unsqueeze(1), x.shape[1], plan.box_rows)
@@ -280,17 +286,11 @@ def _whole_chunks(strides: tuple[int, ...], dtype: torch.dtype) -> bool:
     return all(step * dtype.itemsize % ALIGNED_BYTES == 0 for step in strides[:-1])
 
 
-def _check_rows(name: str, tensor: Tensor) -> None:
-    if (
-        tensor.shape[-1] % ALIGNED_ELEMENTS
-        or tensor.data_ptr() % ALIGNED_BYTES
-        or not _whole_chunks(tensor.stride(), tensor.dtype)
-    ):
-        raise ValueError(
-            f"{name}: the cupy_hopper backend needs rows of whole 16 bytes (a width and strides that are "
-            f"multiples of {ALIGNED_ELEMENTS}, an aligned start); got shape {tuple(tensor.shape)}, "
-            f"strides {tensor.stride()}; use backend='triton'"
-        )
+@functools.lru_cache(maxsize=1024)
+def _readable(width: int, width_out: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> bool:
+    """Whether 16-byte loads can read all rows of x and both weights if they can read the first."""
+    whole = width % ALIGNED_ELEMENTS == 0 and width_out % ALIGNED_ELEMENTS == 0
+    return whole and all(_whole_chunks(steps, dtype) for steps in strides)
 
 
 def _unsupported(dtype: torch.dtype, width: int) -> str | None:
