@@ -77,7 +77,7 @@ def test_every_setting_selects_the_same(block: int, bits: int, warps: int) -> No
 
 
 @pytest.mark.parametrize("mark_columns", [8, 16, 32])
-@pytest.mark.parametrize(("contest_warps", "per_unit"), [(4, 7), (8, 2), (8, 3)])
+@pytest.mark.parametrize(("contest_warps", "per_unit"), [(4, 8), (8, 2), (8, 4)])
 def test_every_way_to_list_candidates(mark_columns: int, contest_warps: int, per_unit: int) -> None:
     """Beside long-tailed rows one of ties alone and one of NaN, which are left to the radix search."""
     scores = mass(1, 2, 4, VIDEO_COLUMNS)

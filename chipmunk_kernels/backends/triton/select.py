@@ -50,15 +50,15 @@ class SelectSettings(LaunchSettings):
         num_warps: warps per program of these two.
         mark_columns: columns per thread while marking the candidates of a long row.
         contest_warps: warps of a program that holds the contests of long rows.
-        per_unit: such programs per multiprocessor; its registers hold 28 of their warps on sm_90.
+        per_unit: such programs per multiprocessor; its registers hold 32 of their warps on sm_90.
     """
 
     block: int = choice(2048, 1024, 2048, 4096, 8192, 16384)
     bits: int = choice(8, 4, 8)
     num_warps: int = choice(8, 4, 8, 16)
-    mark_columns: int = choice(16, 8, 16, 32)
+    mark_columns: int = choice(32, 8, 16, 32)
     contest_warps: int = choice(8, 4, 8)
-    per_unit: int = choice(3, 2, 3, 4, 5, 6, 7)
+    per_unit: int = choice(4, 2, 3, 4, 6, 8)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if self.block > max(1024, triton.next_power_of_2(problem.columns)):
