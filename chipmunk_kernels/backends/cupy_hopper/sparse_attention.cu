@@ -219,6 +219,21 @@ __device__ __forceinline__ Columns columns_of(const Inputs& in, const Shape& sha
     return Columns(in.indices + place.list * shape.capacity, place.count(in.counts));
 }
 
+// The first unit's, and its first entries. Nothing hides these loads, so the entries are read at the same time
+// as the count, as if that were the capacity; where it is not, once more.
+__device__ __forceinline__ Columns first_columns(
+    const Inputs& in, const Shape& shape, const Place& place, int (&entries)[ENTRIES], int chunk, int row) {
+    const int capacity = static_cast<int>(shape.capacity);
+    Columns columns(in.indices + place.list * shape.capacity, capacity);
+    const int count = place.count(in.counts);
+    if (capacity > 0) columns.read(entries, 0, chunk, row);
+    if (count != capacity) {
+        columns = Columns(columns.list, count);
+        if (count > 0) columns.read(entries, 0, chunk, row);
+    }
+    return columns;
+}
+
 __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, const Shared& shared) {
     const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
     const int place_in_tile = swizzled(row, chunk % 8);
@@ -229,8 +244,7 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
     int queries_parity = 0;
     int upcoming[ENTRIES], current[ENTRIES], held[ENTRIES];
     int unit = blockIdx.x;
-    Columns columns = columns_of(in, shape, Place(shape, unit));
-    if (columns.count > 0) columns.read(upcoming, 0, chunk, row);
+    Columns columns = first_columns(in, shape, Place(shape, unit), upcoming, chunk, row);
 
     while (unit < shape.units) {
         const Place place(shape, unit);
