@@ -267,7 +267,7 @@ def test_scratch_is_small_however_long_the_sequence(tokens: int, kept: int) -> N
     bytes_ = ring * parts * up_blocks * 256 * 128 * 2
     assert bytes_ <= 64 << 20
     # A down tile of a band comes more than a wave of tiles after the band's up tiles, if there are that many.
-    assert lead * settings.band * parts * up_blocks >= min(3 * 132, rows * parts * up_blocks)
+    assert lead * settings.band * parts * up_blocks >= min(132, rows * parts * up_blocks)
     # And an up tile more than a wave after the down tiles that read what was in its place.
     assert (ring // settings.band - lead - 1) * settings.band * parts * (
         up_blocks + 12

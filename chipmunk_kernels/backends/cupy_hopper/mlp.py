@@ -48,7 +48,8 @@ class SparseMlpSettings(LaunchSettings):
         width_warpgroups: warpgroups along the kept neurons (up) or output features (down).
         width: neurons or features of each.
         stages: of the pipeline, 64 model features (up) or kept neurons (down) each.
-        band: token groups that share a block of weights before the next one begins.
+        band: token groups that share a block of weights before the next one begins. A band of a video reads
+            most of the weights, more than L2 holds, from memory: the more groups, the less often.
         lead_waves: how far up tiles run ahead of down tiles, in tiles per multiprocessor.
         adds_in_l2: whether the output cache is added to where it is, nobody waiting for its old entries; the
             product is rounded to the cache's type first, as PyTorch does.
@@ -58,8 +59,8 @@ class SparseMlpSettings(LaunchSettings):
     width_warpgroups: int = choice(1, 1, 2)
     width: int = choice(256, 128, 192, 256)
     stages: int = choice(4, 3, 4, 5, 6)
-    band: int = choice(4, 1, 2, 4, 8, 16, 32)
-    lead_waves: int = choice(3, 1, 2, 3)
+    band: int = choice(16, 1, 2, 4, 8, 16, 32)
+    lead_waves: int = choice(1, 1, 2, 3)
     adds_in_l2: int = choice(1, 0, 1)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
