@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, ROW = 1600, 34  # of the picture, in pixels
-COLOURS = ("#4878a8", "#d1783c", "#5a9e5a", "#a05a9e")
+COLOURS = ("#4878a8", "#d1783c", "#5a9e5a", "#a05a9e", "#b8a03c", "#5ab0b0", "#c05060", "#7a6a50")
+OTHERS = "#a0a0a0"
+NAME = 70  # letters of a kernel's name in the legend
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,19 @@ def summary(found: Sequence[Interval]) -> dict[str, Any]:
 
 
 def picture(title: str, found: Sequence[Interval]) -> str:
-    """The time line as one HTML page; a kernel's name and times show under the pointer."""
+    """The time line as one HTML page. Each of the kernels that take longest has a colour and a line in the
+    legend; every kernel's name and times show under the pointer."""
     streams = sorted({part.stream for part in found})
     span = max((part.end_us for part in found), default=1.0)
-    names = {name: i for i, name in enumerate(dict.fromkeys(part.name for part in found))}
+    total: dict[str, float] = {}
+    for part in found:
+        total[part.name] = total.get(part.name, 0.0) + part.end_us - part.start_us
+    longest = sorted(total, key=lambda name: total[name], reverse=True)
+    colours = dict(zip(longest, COLOURS, strict=False))
     boxes = []
     for part in found:
         x, width = part.start_us / span * WIDTH, max(1.0, (part.end_us - part.start_us) / span * WIDTH)
-        y, colour = 30 + streams.index(part.stream) * ROW, COLOURS[names[part.name] % len(COLOURS)]
+        y, colour = 30 + streams.index(part.stream) * ROW, colours.get(part.name, OTHERS)
         label = f"{html.escape(part.name)}: {part.start_us:.1f} to {part.end_us:.1f} µs"
         boxes.append(
             f'<rect x="{100 + x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 6}" fill="{colour}">'
@@ -104,9 +111,15 @@ def picture(title: str, found: Sequence[Interval]) -> str:
     labels = [
         f'<text x="0" y="{30 + i * ROW + 18}">stream {stream}</text>' for i, stream in enumerate(streams)
     ]
-    size = f'width="{WIDTH + 120}" height="{60 + ROW * len(streams)}"'
+    below = 50 + ROW * len(streams)
+    legend = [
+        f'<text x="100" y="{below + 20 * i}"><tspan fill="{colour}">■</tspan> '
+        f"{total[name] / 1000:.3f} ms {html.escape(name[:NAME])}</text>"
+        for i, (name, colour) in enumerate(colours.items())
+    ]
+    size = f'width="{WIDTH + 120}" height="{below + 20 * len(legend)}"'
     heading = f'<text x="0" y="18">{html.escape(title)}, {span / 1000:.3f} ms</text>'
-    body = "\n".join([heading, *labels, *boxes])
+    body = "\n".join([heading, *labels, *boxes, *legend])
     return f'<!doctype html><meta charset="utf-8"><svg {size} font-family="sans-serif">\n{body}\n</svg>\n'
 
 

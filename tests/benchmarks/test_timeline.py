@@ -55,6 +55,7 @@ def test_the_picture_shows_every_kernel() -> None:
     assert (
         page.count("<rect") == 4 and "stream 13" in page and "gemm&lt;a&gt;" in page and "a &amp; b" in page
     )
+    assert page.count("</tspan>") == 3 and "0.060 ms gemm&lt;a&gt;" in page
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
