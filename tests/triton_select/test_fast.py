@@ -67,6 +67,20 @@ def test_ordinary_rows_need_no_second_look() -> None:
 
 
 @pytest.mark.usefixtures("short_lists")
+def test_equal_scores_at_the_edge_go_to_the_lower_columns() -> None:
+    """The list alone decides them, below zero too: several stand where the wanted ones end."""
+    scores = torch.randn(1, 2, 3, 1000, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    scores = (scores * 32).round() / 32 - 5
+    indices, counts = shortlist(scores, 40, 10)
+    assert counts.eq(50).all()
+    kept = scores.gather(-1, indices.long())
+    assert (scores == kept.kthvalue(11, dim=-1, keepdim=True).values).sum(-1).max() > 4
+    assert_same_columns(
+        (indices, counts), truth.topk_columns(scores.cpu(), 40, GROUP_SIZE, random=10, seed=5), 1000
+    )
+
+
+@pytest.mark.usefixtures("short_lists")
 @pytest.mark.parametrize("misleading", ["ties", "nan", "hidden"])
 def test_what_the_sample_misjudges_is_left_over(misleading: str) -> None:
     """All equal: the list overflows. Next to no numbers, or fewer numbers than wanted: it holds too few."""
