@@ -50,7 +50,7 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr float SLACK = 8.0f;
 
 struct Shape {
-    int heads, rows, groups, group_size, tiles, total, whole, units;
+    int heads, rows, groups, group_size, tiles, pairs, whole, units;
     long long capacity;
 };
 
@@ -63,15 +63,14 @@ struct Place {
 
     __device__ __forceinline__ Place(const Shape& shape, int unit) {
         int tile = unit, part = 0, rows = ROWS;
+        const int others = shape.groups * shape.tiles - 1;  // of each pair, but for the last
         if (unit >= shape.whole) {
-            const int left = shape.total - shape.whole;
+            const int left = shape.pairs * (others + 1) - shape.whole;
             part = (unit - shape.whole) / left;
             tile = unit - part * left;
             rows = WARPGROUP_ROWS;
         }
-        const int others = shape.groups * shape.tiles - 1;  // of each pair, but for the last
-        const int pairs = shape.total / (others + 1);
-        int pair = tile - pairs * others, rest = others;
+        int pair = tile - shape.pairs * others, rest = others;
         if (pair < 0) {
             pair = tile / others;
             rest = tile - pair * others;
@@ -530,6 +529,11 @@ __device__ __forceinline__ void pass_by(
     }
 }
 
+// Of the block's next unit. Several divisions: asked for while products run.
+__device__ __forceinline__ int count_after(const Shape& shape, int unit, const int* counts) {
+    return Place(shape, min(unit + static_cast<int>(gridDim.x), shape.units - 1)).count(counts);
+}
+
 __device__ __forceinline__ void compute(
     const int* counts, const Outputs& to, const Shape& shape, const Shared& shared, int consumer) {
     const int lane = threadIdx.x % WARP;
@@ -547,9 +551,9 @@ __device__ __forceinline__ void compute(
     for (int unit = blockIdx.x; unit < shape.units; unit += gridDim.x) {
         const int tiles = (count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
         const int head = count - (tiles - 1) * BLOCK_COLUMNS;
-        count = Place(shape, min(unit + static_cast<int>(gridDim.x), shape.units - 1)).count(counts);
         const Place place(shape, unit);
         if (place.first + consumer * WARPGROUP_ROWS >= place.limit) {
+            count = count_after(shape, unit, counts);
             pass_by(shared, keys, values, queries_parity, tiles, consumer, lane);
             continue;
         }
@@ -569,6 +573,7 @@ __device__ __forceinline__ void compute(
             await_tile(shared.keys_full(keys.stage), keys.parity);
             products_fence();
             multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
+            count = count_after(shape, unit, counts);
             products_wait<0>();
             pin(s);
             release(shared.keys_empty(keys.stage), lane);
@@ -624,6 +629,7 @@ __device__ __forceinline__ void compute(
             release(shared.values_empty(values.stage), lane);
             values.advance();
         } else {
+            count = count_after(shape, unit, counts);
             onto.load(to, place, row);
         }
         store(o, state, onto, to, shape, place, row);
@@ -635,7 +641,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
     char* out, float* lse, long long q_b, long long q_h, long long q_n, long long k_b, long long k_h,
     long long k_n, long long v_b, long long v_h, long long v_n, long long base_b, long long base_h,
     long long base_n, long long out_b, long long out_h, long long out_n, long long heads, long long rows,
-    long long groups, long long capacity, long long group_size, long long tiles, long long total,
+    long long groups, long long capacity, long long group_size, long long tiles, long long pairs,
     long long whole, long long units, double scale_log2, double sign) {
     extern __shared__ unsigned char memory[];
     const Shared shared(shared_address(memory));
@@ -645,7 +651,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
         static_cast<int>(groups),
         static_cast<int>(group_size),
         static_cast<int>(tiles),
-        static_cast<int>(total),
+        static_cast<int>(pairs),
         static_cast<int>(whole),
         static_cast<int>(units),
         capacity};

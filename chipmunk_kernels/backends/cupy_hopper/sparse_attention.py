@@ -184,7 +184,6 @@ def _plan(
     kernel, most_blocks = _kernel(dtype, width, settings, device)
     tiles = -(-group_size // (ROWS * settings.consumers))
     pairs, each = batch * heads, groups * tiles
-    total = pairs * each
     whole, units = share_out(pairs, each, rows, tiles, group_size, settings.consumers, most_blocks)
     out_strides = empty_like_queries(torch.empty_strided(shape, strides[0], device="meta")).stride()
     steps = [_steps(each or (0, 0, 0, 1)) for each in (*strides, out_strides)]
@@ -197,7 +196,7 @@ def _plan(
         readable=all(_readable(each) for each in steps),
         numbers=(
             *(step for each in steps for step in each),
-            *(heads, rows, groups, capacity, group_size, tiles, total, whole, units),
+            *(heads, rows, groups, capacity, group_size, tiles, pairs, whole, units),
             *(scale * LOG2E, float(sign)),
         ),
     )
