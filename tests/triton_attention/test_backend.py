@@ -80,7 +80,13 @@ def test_the_default_fits_and_every_value_can_win(operation: str) -> None:
         for value in values:
             tried = [
                 settings.from_mapping({**others, field: value}).misfit(flux(operation, 256), 227 * 1024)
-                for others in ({}, {"overlap": False}, {"num_warps": 4, "block_m": 64}, {"mass_keys": 128})
+                for others in (
+                    {},
+                    {"overlap": False},
+                    {"max_registers": 0},
+                    {"num_warps": 4, "block_m": 64},
+                    {"mass_keys": 128},
+                )
                 if set(others) <= set(settings.space())
             ]
             assert None in tried, f"{field}={value}: {tried}"
@@ -88,18 +94,18 @@ def test_the_default_fits_and_every_value_can_win(operation: str) -> None:
 
 def test_misfit_names_the_reason() -> None:
     problem = flux("sparse_attention")
-    big = SparseAttentionSettings(block_n=128, num_stages=5)
+    big = SparseAttentionSettings(block_n=128, num_stages=5, max_registers=0)
     assert "shared memory" in (big.misfit(problem, 99 * 1024) or "")
     assert big.misfit(problem) is None, "nothing known of the device: nothing to hold against it"
     assert "taller" in (SparseAttentionSettings().misfit(flux("sparse_attention", 64)) or "")
     assert "warps" in (SparseAttentionSettings(block_m=64, num_warps=8).misfit(problem) or "")
     assert "of a thread's 255 registers" in (
-        SparseAttentionSettings(block_n=128, num_warps=4).misfit(problem) or ""
+        SparseAttentionSettings(block_n=128, num_warps=4, max_registers=0).misfit(problem) or ""
     )
     assert "of a thread's 128 registers" in (
         SparseAttentionSettings(block_n=128, max_registers=128).misfit(problem) or ""
     )
-    tall = SparseAttentionSettings(block_m=256)
+    tall = SparseAttentionSettings(block_m=256, max_registers=0, overlap=True)
     assert "in 224 of a thread's 255" in (tall.misfit(flux("sparse_attention", 192)) or ""), "weights wait"
     assert replace(tall, overlap=False).misfit(flux("sparse_attention", 192)) is None
     assert DenseAttentionSettings().misfit(flux("dense_attention", 1)) is None, "dense has no groups"

@@ -19,26 +19,31 @@ pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
 PROGRAM = """
 import importlib, json, sys
 from chipmunk_kernels.backends.triton.resources import _compile, _usage
-operation, block_n, stages, overlap = json.loads(sys.argv[1])
+operation, stages, warps, changes = json.loads(sys.argv[1])
 file = importlib.import_module(f"chipmunk_kernels.backends.triton.{operation}")
-_, kernel, signature, constexprs, warps, _ = file.COMPILE_CASES[0]
-constexprs = constexprs | {"BLOCK_N": block_n, "OVERLAP": overlap}
+_, kernel, signature, constexprs, _, _ = file.COMPILE_CASES[0]
+constexprs = constexprs | changes
 binary = _compile(kernel, signature, constexprs, 90, warps, stages)
 registers, stack = _usage(binary.asm["cubin"])
 print(json.dumps([binary.asm["ttgir"], registers, stack, binary.metadata.shared]))
 """
 
 
-def compiled(operation: str, block_n: int, stages: int, overlap: bool) -> tuple[str, int, int, int]:
-    """The main loop in Triton's GPU dialect, and registers, stack and shared bytes, for sm_90."""
+def compiled(operation: str, stages: int, warps: int, **changes: object) -> tuple[str, int, int, int]:
+    """The loop with products in Triton's GPU dialect, and registers, stack and shared bytes, for sm_90.
+
+    `changes` replace constants of the operation's compile case.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps([operation, block_n, stages, overlap])]
+    command = [sys.executable, "-c", PROGRAM, json.dumps([operation, stages, warps, changes])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
     assert done.returncode == 0, done.stderr
     text, registers, stack, shared = json.loads(done.stdout)
-    loops = re.findall(r"scf\.for (?:(?!scf\.for ).)*?scf\.yield[^\n]*", text, re.DOTALL)
-    main = [loop for loop in loops if loop.count("ttng.warp_group_dot ") == 2]
-    assert len(main) == 1, f"{len(main)} loops with two products"
+    loops = [
+        found[1] for found in re.findall(r"^( *)(\S[^\n]*scf\.for .*?)^\1\}", text, re.DOTALL | re.MULTILINE)
+    ]
+    main = [loop for loop in loops if "ttng.warp_group_dot " in loop]
+    assert len(main) == 1, f"{len(main)} loops with products"
     return main[0], registers, stack, shared
 
 
@@ -50,11 +55,11 @@ def compiled(operation: str, block_n: int, stages: int, overlap: bool) -> tuple[
         ("sparse_attention", 128, 3),
         ("dense_attention", 128, 2),
         ("dense_attention", 128, 3),
-        ("colsum_attention", 64, 3),
     ],
 )
 def test_what_is_in_flight(operation: str, block_n: int, stages: int) -> None:
-    loop, registers, stack, shared = compiled(operation, block_n, stages, True)
+    peel = {"PEEL_TAIL": True} if operation == "sparse_attention" else {}
+    loop, registers, stack, shared = compiled(operation, stages, 8, BLOCK_N=block_n, OVERLAP=True, **peel)
     assert stack == 0, f"{stack} bytes spill beside {registers} registers"
     assert shared <= 227 * 1024
     # The logits are waited for, the product with the values is not: softmax comes between it and the end.
@@ -69,7 +74,23 @@ def test_what_is_in_flight(operation: str, block_n: int, stages: int) -> None:
 
 def test_in_order_waits_for_nothing_but_its_own() -> None:
     """Without overlap the product comes last, and the gathers still run ahead."""
-    loop, _, stack, _ = compiled("sparse_attention", 64, 3, False)
+    loop, _, stack, _ = compiled("sparse_attention", 3, 8, BLOCK_N=64, OVERLAP=False)
     assert stack == 0
     assert loop.rindex("math.exp2") < loop.rindex("ttng.warp_group_dot ")
     assert re.findall(r"ttg\.async_wait .*?num = (\d+)", loop) == ["2"]
+
+
+def test_a_masked_tail_costs_full_tiles_a_branch() -> None:
+    """The mask of the last tile stands in a branch of its own, and gathers need none."""
+    loop, _, _, _ = compiled("sparse_attention", 2, 8, BLOCK_N=32, OVERLAP=False, PEEL_TAIL=False)
+    assert loop.index("ttng.warp_group_dot ") < loop.index("scf.if") < loop.index("math.exp2")
+
+
+@pytest.mark.parametrize("rest", [0, 64, 128])
+def test_column_sums_stay_in_a_thread_and_its_neighbours(rest: int) -> None:
+    """No sum over queries passes through shared memory, and none spills."""
+    loop, _, stack, shared = compiled("colsum_attention", 2, 4, REST_Q=rest)
+    assert stack == 0
+    assert shared <= 227 * 1024
+    assert loop.count('"tt.reduce"') == (2 if rest else 1)
+    assert "ttg.local_store" not in loop

@@ -1,11 +1,11 @@
 """Dense attention that also sums each group's attention mass per column, in two passes.
 
-The first is dense attention. The second computes the logits again, transposed: keys are the rows of its tiles
-and a group's queries their columns, so that a column's mass, Σ exp(s − lse_prev), is a sum along the registers
-of a thread and three of its neighbours. It needs no running maximum, no values and no atomics: half of the
-first pass's products, and less of all else. In one pass the sum runs across lanes and warps, for every tile
-of keys, between two products that wait for it; that took an H200 2.1 times cuDNN's dense attention where the
-first pass alone takes 1.25.
+The first is dense attention. The second computes the logits again, transposed: keys are the rows of its
+tiles and a group's queries their columns, so that a column's mass, Σ exp(s − lse_prev), is a sum along the
+registers of a thread and three of its neighbours. It needs no running maximum, no values and no atomics:
+half of the first pass's products, and less of all else. In one pass the sum runs across lanes and warps, for
+every tile of keys, between two products that wait for it; that took an H200 2.1 times cuDNN's dense attention
+where the first pass alone takes 1.25.
 
 Weights come from `lse_prev` directly, in float32, in a fixed order: the same bits every time. A mass past
 2¹²⁰, of a row whose logits outgrew its previous normaliser by 80, saturates there.
@@ -113,15 +113,16 @@ def mass_of(keys, q, reference, scale_log2, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "columns", "groups", "group_size", "within", "chunk"])
 def colsum_attention_kernel(
     q, k, lse_prev, key_length, mass,
-    q_b, q_h, q_n, k_b, k_h, k_n,
+    q_b, q_h, q_n, k_b, k_h,
     heads, rows, keys, columns, groups, group_size, within, chunk, scale_log2,
-    WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, REST_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, K_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REST_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Masses of a `chunk` of columns over BLOCK_Q + REST_Q queries of one group, which begin `within` it.
 
     Programs that are in flight together share a chunk. `columns` is the width of `mass`, `keys` how many may
-    take part. ADD says that an earlier launch summed the queries before.
+    take part. K_N is the stride of rows of k; ADD says that an earlier launch summed the queries before.
     """
     group = tl.program_id(0) % groups
     place = tl.program_id(0) // groups
@@ -145,7 +146,7 @@ def colsum_attention_kernel(
     slots = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, tl.minimum(stop, n), BLOCK_N):
         column = start + slots
-        tile = tl.load(k + tl.minimum(column, n - 1).to(tl.int64)[:, None] * k_n)
+        tile = tl.load(k + tl.minimum(column, n - 1).to(tl.int64)[:, None] * K_N)
         total = mass_of(tile, first, reference, scale_log2, PRECISION)
         if REST_Q > 0:
             total += mass_of(tile, second, reference_2, scale_log2, PRECISION)
@@ -214,17 +215,18 @@ def colsum_attention(
                 programs,
                 (q, k, lse_prev, lengths, mass),
                 (
-                    *q.stride()[:3], *k.stride()[:3],
+                    *q.stride()[:3], *k.stride()[:2],
                     heads, rows, keys, columns, groups, group_size, within, chunk,
                 ),
                 (scale * LOG2E,),
                 {
-                    "WIDTH": width, "BLOCK_Q": block_q, "REST_Q": rest_q, "BLOCK_N": settings.mass_keys,
-                    "ADD": within > 0, "PRECISION": precision(q.dtype),
+                    "WIDTH": width, "K_N": k.stride(2), "BLOCK_Q": block_q, "REST_Q": rest_q,
+                    "BLOCK_N": settings.mass_keys, "ADD": within > 0, "PRECISION": precision(q.dtype),
                 },
                 {
-                    "num_warps": settings.mass_warps, "num_stages": settings.mass_stages,
-                    "maxnreg": register_cap(settings.mass_registers),
+                    "num_warps": tile_warps(settings.mass_warps, settings.mass_keys),
+                    "num_stages": settings.mass_stages,
+                    "maxnreg": register_cap(settings.mass_registers, q.device),
                 },
             )  # fmt: skip
             within += block_q + rest_q
@@ -237,7 +239,7 @@ KERNELS = (
 
 _DEFAULT = ColsumAttentionSettings()
 _CONSTEXPRS = {
-    "WIDTH": 128, "BLOCK_Q": 128, "REST_Q": 64, "BLOCK_N": _DEFAULT.mass_keys, "ADD": False,
+    "WIDTH": 128, "K_N": 128, "BLOCK_Q": 128, "REST_Q": 64, "BLOCK_N": _DEFAULT.mass_keys, "ADD": False,
     "key_length": None, "PRECISION": "tf32",
 }  # fmt: skip
 _TYPES = {"q": "*bf16", "k": "*bf16", "lse_prev": "*fp32", "mass": "*fp32", "scale_log2": "fp32"}

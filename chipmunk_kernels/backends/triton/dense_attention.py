@@ -19,6 +19,7 @@ from chipmunk_kernels.backends.triton.launch import (
     attention_misfit,
     key_limits,
     on_device,
+    overlaps,
     precision,
     register_cap,
     signature,
@@ -62,12 +63,12 @@ class DenseAttentionSettings(LaunchSettings):
 @triton.jit(do_not_specialize=["heads", "rows", "keys", "tiles"])
 def dense_attention_kernel(
     q, k, v, key_length, out, lse,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
+    q_b, q_h, q_n, k_b, k_h, v_b, v_h, out_b, out_h, out_n,
     heads, rows, keys, tiles, scale_log2,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_ROWS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    K_N: tl.constexpr, V_N: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row tile. `tiles` row tiles make a head; SAME_ROWS says that k_n equals v_n."""
+    """One row tile. `tiles` row tiles make a head; K_N and V_N are the strides of k's and v's rows."""
     pair = tl.program_id(0) // tiles
     b = (pair // heads).to(tl.int64)
     h = (pair % heads).to(tl.int64)
@@ -75,14 +76,12 @@ def dense_attention_kernel(
     inside = row < rows
     row = row.to(tl.int64)
     d = tl.arange(0, WIDTH)
-    if SAME_ROWS:
-        v_n = k_n
 
     k += b * k_b + h * k_h + d[None, :]
     v += b * v_b + h * v_h + d[None, :]
     q_tile = tl.load(q + b * q_b + h * q_h + row[:, None] * q_n + d[None, :], mask=inside[:, None], other=0.0)
     m, l, acc = sweep(
-        q_tile, k, v, k_n, v_n, key_count(key_length, b, keys), scale_log2,
+        q_tile, k, v, K_N, V_N, key_count(key_length, b, keys), scale_log2,
         BLOCK_M, BLOCK_N, WIDTH, OVERLAP, PRECISION,
     )  # fmt: skip
 
@@ -121,23 +120,27 @@ def dense_attention(
     keys, lengths = key_limits(key_length, k.shape[2])
     block_m = tile_rows(settings.block_m, rows)
     tiles = -(-rows // block_m)
+    num_warps = tile_warps(settings.num_warps, block_m)
+    overlap = overlaps(
+        settings.overlap, block_m, settings.block_n, width, num_warps, settings.max_registers, q.device
+    )
     with on_device(q):
         _launch(
             batch * heads * tiles,
             (q, k, v, lengths, out, lse),
             (
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+                *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3],
                 heads, rows, keys, tiles,
             ),
             (scale * LOG2E,),
             {
                 "WIDTH": width, "BLOCK_M": block_m, "BLOCK_N": settings.block_n,
-                "SAME_ROWS": k.stride(2) == v.stride(2), "OVERLAP": settings.overlap,
+                "K_N": k.stride(2), "V_N": v.stride(2), "OVERLAP": overlap,
                 "PRECISION": precision(q.dtype),
             },
             {
-                "num_warps": tile_warps(settings.num_warps, block_m), "num_stages": settings.num_stages,
-                "maxnreg": register_cap(settings.max_registers),
+                "num_warps": num_warps, "num_stages": settings.num_stages,
+                "maxnreg": register_cap(settings.max_registers, q.device),
             },
         )  # fmt: skip
     return out, lse
@@ -148,9 +151,10 @@ KERNELS = (
 )
 
 _DEFAULT = DenseAttentionSettings()
+# In the natural order, as sm_80 runs it whatever the settings say.
 _CONSTEXPRS = {
-    "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "SAME_ROWS": True,
-    "OVERLAP": _DEFAULT.overlap, "key_length": None, "PRECISION": "tf32",
+    "WIDTH": 128, "BLOCK_M": _DEFAULT.block_m, "BLOCK_N": _DEFAULT.block_n, "K_N": 128, "V_N": 128,
+    "OVERLAP": False, "key_length": None, "PRECISION": "tf32",
 }  # fmt: skip
 _TYPES = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32",

@@ -104,13 +104,13 @@ def held(bits, dtype: tl.constexpr):
 
 @triton.jit
 def sweep(
-    q, k, v, k_n, v_n, n, scale_log2,
+    q, k, v, K_N: tl.constexpr, V_N: tl.constexpr, n, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A query tile against the first `n` columns; k and v are pointers `(1, D)` to the first of their rows.
 
-    Returns m, l and acc.
+    K_N and V_N are their strides. Returns m, l and acc.
     """
     half = v.dtype.element_ty
     slots = tl.arange(0, BLOCK_N)
@@ -124,26 +124,26 @@ def sweep(
         for start in tl.range(0, full, BLOCK_N):
             column = (start + slots).to(tl.int64)
             behind = (tl.maximum(start - BLOCK_N, 0) + slots).to(tl.int64)
-            values = tl.load(v + behind[:, None] * v_n)
-            s = logits(q, k + column[:, None] * k_n, PRECISION)
+            values = tl.load(v + behind[:, None] * V_N)
+            s = logits(q, k + column[:, None] * K_N, PRECISION)
             acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
             p, m, l, rescale = weigh(s, slots < BLOCK_N, m, l, scale_log2, False)
             waiting = hold(p, half)
         if full > 0:
-            values = tl.load(v + (full - BLOCK_N + slots).to(tl.int64)[:, None] * v_n)
+            values = tl.load(v + (full - BLOCK_N + slots).to(tl.int64)[:, None] * V_N)
             acc = tl.dot(held(waiting, half), values, acc * rescale[:, None], input_precision=PRECISION)
     else:
         for start in tl.range(0, full, BLOCK_N):
             column = (start + slots).to(tl.int64)
             m, l, acc, p = attend(
-                q, k + column[:, None] * k_n, v + column[:, None] * v_n, slots < BLOCK_N,
+                q, k + column[:, None] * K_N, v + column[:, None] * V_N, slots < BLOCK_N,
                 m, l, acc, scale_log2, False, PRECISION,
             )  # fmt: skip
     if full < n:
         live = full + slots < n
         column = tl.minimum(full + slots, n - 1).to(tl.int64)
         m, l, acc, p = attend(
-            q, k + column[:, None] * k_n, v + column[:, None] * v_n, live,
+            q, k + column[:, None] * K_N, v + column[:, None] * V_N, live,
             m, l, acc, scale_log2, True, PRECISION,
         )  # fmt: skip
     return m, l, acc

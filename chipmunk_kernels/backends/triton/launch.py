@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 from chipmunk_kernels.backends.triton import interpreted
 from chipmunk_kernels.problem import Problem
 
+ASYNCHRONOUS = (9, 10)  # major capabilities whose products read shared memory, beside other instructions
 LOG2E = 1.4426950408889634
 WIDTHS = (16, 32, 64, 128)
+ALMOST_ZERO = 1e-30  # instead of a scale of 0, under which the −∞ of a slot that is no column would be NaN
 SMALLEST_TILE = 16  # rows of one tensor-core instruction
 MOST_REGISTERS = 255  # that a thread can have
 ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that are not multiples of it
@@ -56,13 +59,11 @@ class Launcher:
             constants: compile-time constants by name, in the kernel's order.
             options: Triton's, such as num_warps.
         """
-        addresses, kinds = 0, []
+        addresses = 0
+        kinds: list[torch.dtype | None] = []
         for x in tensors:
-            if x is None:
-                kinds.append(None)
-            else:
-                addresses |= x.data_ptr()
-                kinds.append(x.dtype)
+            kinds.append(None if x is None else x.dtype)
+            addresses |= 0 if x is None else x.data_ptr()
         first = tensors[0]
         assert first is not None
         key = (first.device, *kinds, *integers, *constants.values(), *options.values())
@@ -110,9 +111,54 @@ def tile_warps(num_warps: int, block_m: int) -> int:
     return min(num_warps, max(1, block_m // SMALLEST_TILE))
 
 
-def register_cap(max_registers: int) -> int | None:
-    """Triton's `maxnreg`: None leaves the choice to the compiler."""
-    return max_registers or None
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """Major compute capability; Hopper's where the interpreter stands in for a GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def register_cap(max_registers: int, device: torch.device | None = None) -> int | None:
+    """Triton's `maxnreg`: None leaves the choice to the compiler.
+
+    With a `device`, the cap is for those alone whose products read shared memory (Hopper, data-centre
+    Blackwell). Elsewhere operands pass through registers too, and a cap that lets a second program in makes
+    both spill: 304 bytes a thread on sm_80 with 128×64 tiles, 8 warps and 128 registers.
+    """
+    return (max_registers or None) if device is None or _capability(device) in ASYNCHRONOUS else None
+
+
+def sums_misfit(
+    block_m: int, block_n: int, width: int, num_warps: int, max_registers: int, overlap: bool
+) -> str | None:
+    """Why a tile's sums leave a thread too few registers, or None if they fit.
+
+    Output and logits accumulate in registers, where weights that wait take half a register each; addresses
+    and softmax need an eighth of all registers at the least.
+    """
+    waiting = block_n // 2 if overlap else 0
+    sums = block_m * (width + block_n + waiting) // (num_warps * 32)
+    registers = max_registers or MOST_REGISTERS
+    return (
+        f"keeps its sums in {sums} of a thread's {registers} registers" if sums > registers * 7 // 8 else None
+    )
+
+
+def overlaps(
+    overlap: bool,
+    block_m: int,
+    block_n: int,
+    width: int,
+    num_warps: int,
+    max_registers: int,
+    device: torch.device,
+) -> bool:
+    """Whether a launch runs a product one tile late: where products run asynchronously, and nothing spills.
+
+    The tuner drops settings whose waiting weights would spill, but a caller may ask for them; 4 warps with
+    128×64 tiles spilled 624 bytes a thread, which took an H200 seven times as long as the natural order.
+    """
+    fits = sums_misfit(block_m, block_n, width, num_warps, max_registers, True) is None
+    return overlap and fits and _capability(device) in ASYNCHRONOUS
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -151,14 +197,7 @@ def attention_misfit(
     needed = item * problem.width * 2 * buffers * block_n
     if shared_memory_bytes is not None and needed > shared_memory_bytes:
         return f"needs {needed} bytes of shared memory or more, the device has {shared_memory_bytes}"
-    # Output and logits accumulate in registers, where weights that wait take half a register each; addresses
-    # and softmax need an eighth of all registers at the least.
-    waiting = block_n // 2 if overlap else 0
-    accumulators = block_m * (problem.width + block_n + waiting) // (num_warps * 32)
-    registers = max_registers or MOST_REGISTERS
-    if accumulators > registers * 7 // 8:
-        return f"keeps its sums in {accumulators} of a thread's {registers} registers"
-    return None
+    return sums_misfit(block_m, block_n, problem.width, num_warps, max_registers, overlap)
 
 
 def signature(kernel: Any, types: Mapping[str, str], constexprs: Mapping[str, Any]) -> dict[str, str]:
