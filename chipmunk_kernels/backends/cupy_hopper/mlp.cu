@@ -2,8 +2,9 @@
 //
 // Compile-time parameters (macros): BF16 (elements are bfloat16, else float16); FLOAT_OUTPUT (the output cache is
 // float32, else of the elements' type); ADD_IN_L2 (the output cache's entries are added to where they are, which
-// rounds the product on its own, else fetched and put back); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x WIDTH neurons or
-// output features make a tile; STAGES of its pipeline; TIMELINE (record when each tile was at work: `Record`).
+// rounds the product on its own, else fetched and put back); TOKEN_WARPGROUPS x 64 tokens times WIDTH_WARPGROUPS x
+// WIDTH neurons or output features make a tile; STAGES of its pipeline; TIMELINE (record when each tile was at work:
+// `Record`).
 //
 // Both products have tokens as rows: D[token, neuron] = X W1[kept]^T and D[token, feature] = delta W2[kept]. The
 // 64 x WIDTH part of a warpgroup reads the least from shared memory that way, and the gathered operand, the one
@@ -801,11 +802,11 @@ __device__ __forceinline__ void clear_counters(const Problem& p, const Shared& s
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
-    const __grid_constant__ TensorMap x, const Element* w1, const Element* b1, const Element* w2, const int* indices, const int* counts,
-    Element* cache, void* output, unsigned char* packed, int* state, index_t rows, index_t groups, index_t capacity,
-    index_t group_size, index_t tokens, index_t width, index_t width_out, index_t w1_f,
-    index_t w2_f, index_t cache_b, index_t cache_f, index_t output_b, index_t output_m, index_t cache_aligned,
-    index_t output_aligned, index_t band, index_t lead, index_t ring
+    const __grid_constant__ TensorMap x, const Element* w1, const Element* b1, const Element* w2,
+    const int* indices, const int* counts, Element* cache, void* output, unsigned char* packed, int* state,
+    index_t rows, index_t groups, index_t capacity, index_t group_size, index_t tokens, index_t width,
+    index_t width_out, index_t w1_f, index_t w2_f, index_t cache_b, index_t cache_f, index_t output_b,
+    index_t output_m, index_t cache_aligned, index_t output_aligned, index_t band, index_t lead, index_t ring
 ) {
     extern __shared__ unsigned char memory[];
     const Shared shared(memory + (ATOM_BYTES - shared_address(memory) % ATOM_BYTES) % ATOM_BYTES);
