@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.colsum_attention import ColsumAttentionSettings, colsum_attention
+from chipmunk_kernels.backends.triton.colsum_attention import (
+    ColsumAttentionSettings,
+    colsum_attention,
+    keys_per_program,
+    query_tiles,
+)
 from chipmunk_kernels.backends.triton.dense_attention import DenseAttentionSettings, dense_attention
 from chipmunk_kernels.backends.triton.sparse_attention import SparseAttentionSettings, sparse_attention
 from chipmunk_kernels.columns import ColumnSet
@@ -112,6 +117,31 @@ def test_colsum_matches_the_reference(
     settings = replace(COLSUM, overlap=overlap)
     got = run(colsum_attention, q, k, v, prev, group_size, None, 0.2, settings)
     check_colsum(got, q, k, v, prev, group_size, None, 0.2)
+
+
+@pytest.mark.parametrize("length", [None, 1500, 1024])
+def test_columns_of_several_programs(length: int | None) -> None:
+    """Enough columns that a group's are shared out, and a length that ends within or between the shares."""
+    assert keys_per_program(2500, 1, COLSUM.mass_keys) < 1024
+    q, k, v = attention_inputs(1, 1, 40, 2500, 16, dtype=EXACT, device=DEVICE)
+    prev = previous_lse(q, k, v, 0.2)
+    got = run(colsum_attention, q, k, v, prev, 64, length, 0.2, COLSUM)
+    check_colsum(got, q, k, v, prev, 64, length, 0.2)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 65, 4352, 118656])
+@pytest.mark.parametrize("programs", [1, 816, 15000])
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_programs_cover_the_columns_in_whole_tiles(columns: int, programs: int, block_n: int) -> None:
+    chunk = keys_per_program(columns, programs, block_n)
+    assert chunk % block_n == 0 and 0 < chunk <= 8192 + block_n
+    assert (-(-columns // chunk) - 1) * chunk < columns
+
+
+def test_query_tiles_cover_their_rows() -> None:
+    assert [query_tiles(rows) for rows in (1, 64, 100, 128, 129, 192, 256, 300)] == [
+        (16, 0), (64, 0), (128, 0), (128, 0), (128, 16), (128, 64), (128, 128), (128, 128),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [None, 45])
