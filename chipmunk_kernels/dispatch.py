@@ -24,23 +24,15 @@ from chipmunk_kernels.settings import LaunchSettings
 if TYPE_CHECKING:
     from chipmunk_kernels.profiles import Entry, Profile
 
-HOPPER = (9, 0)
+DEFAULT_ORDER = {"cuda": ("triton", "torch")}
+"""Backends by device type, best first; a device not named here has torch alone.
+
+CUDA kernels are for profiles to name: the tuner verifies them on the very GPU before it writes one.
+"""
 
 _told: set[str] = set()
 _broken: dict[tuple[str, str], str] = {}
 """(operation, backend) → why its kernel did not build in this process."""
-
-
-@functools.cache
-def default_order(device: torch.device) -> tuple[str, ...]:
-    """Backends for a device that no profile speaks of, best first.
-
-    CUDA kernels written for one architecture come before portable ones, those before torch's own.
-    """
-    if device.type != "cuda":
-        return ("torch",)
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device) == HOPPER
-    return (*(("cupy_hopper",) if hopper else ()), "triton", "torch")
 
 
 def select(
@@ -210,7 +202,7 @@ def _demand(operation: str, backend: str, problem: Problem, device: torch.device
 
 def _best(operation: str, problem: Problem, device: torch.device, entry: Entry | None) -> Kernel:
     """The profile's winner, or the next backend that can."""
-    order = tuple(name for name in default_order(device) if _offers(name, operation))
+    order = tuple(name for name in _default_order(device) if _offers(name, operation))
     names = dict.fromkeys(((entry.backend,) if entry else ()) + order)
     passed_over: list[str] = []
     for name in names:
@@ -221,6 +213,10 @@ def _best(operation: str, problem: Problem, device: torch.device, entry: Entry |
             return registry.kernel(operation, name)
         passed_over.append(f"{name} cannot: {reason}")
     raise RuntimeError(f"{operation}: no backend can run this on {device}: {'; '.join(passed_over)}")
+
+
+def _default_order(device: torch.device) -> tuple[str, ...]:
+    return DEFAULT_ORDER.get(device.type, ("torch",))
 
 
 def _offers(backend: str, operation: str) -> bool:

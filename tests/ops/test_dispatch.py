@@ -63,7 +63,6 @@ def _fresh_caches() -> Iterator[None]:
         dispatch._resolve.cache_clear()
         dispatch._told.clear()
         dispatch._broken.clear()
-        dispatch.default_order.cache_clear()
         registry.kernels.cache_clear()
 
     forget()
@@ -216,23 +215,6 @@ def test_an_explicit_backend_that_does_not_build_raises(other: OtherBackend) -> 
         ck.sparse_attention(q, k, v, scattered_columns(1, 1, 256, 256), backend="cupy")
 
 
-@pytest.mark.parametrize(
-    ("capability", "order"),
-    [
-        ((9, 0), ("cupy_hopper", "triton", "torch")),
-        ((10, 0), ("triton", "torch")),
-        ((8, 9), ("triton", "torch")),
-    ],
-)
-def test_kernels_for_one_architecture_come_first_there(
-    capability: tuple[int, int], order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert dispatch.default_order(torch.device("cuda:0")) == order
-    assert dispatch.default_order(CPU) == ("torch",)
-
-
 def test_asking_again_costs_microseconds() -> None:
     dispatch.select(PROBLEM, CPU)
     start = time.thread_time()
@@ -244,7 +226,7 @@ def test_asking_again_costs_microseconds() -> None:
 @pytest.mark.gpu
 def test_a_gpu_runs_the_first_backend_of_its_order_that_can() -> None:
     device = torch.device("cuda")
-    able = [name for name in dispatch.default_order(device) if registry.unavailable(name, device) is None]
+    able = [name for name in dispatch.DEFAULT_ORDER["cuda"] if registry.unavailable(name, device) is None]
     assert dispatch.select(PROBLEM, device, profile=Profile.empty())[0].backend == able[0]
 
 

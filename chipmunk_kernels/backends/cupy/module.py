@@ -25,6 +25,7 @@ import torch
 
 from chipmunk_kernels.backends.cupy.launching import Kernel
 from chipmunk_kernels.backends.cupy.launching import launch as launch
+from chipmunk_kernels.registry import BuildError
 
 FOLDER = Path(__file__).parent
 SHARED_BYTES_WITHOUT_ASKING = 48 * 1024
@@ -67,14 +68,14 @@ def architecture(capability: tuple[int, int], supported: tuple[int, ...]) -> str
         supported: what this NVRTC knows, e.g. `(80, 90, 100)`.
 
     Raises:
-        RuntimeError: NVRTC knows nothing that old.
+        BuildError: NVRTC knows nothing that old.
     """
     own = capability[0] * 10 + capability[1]
     if own in supported:
         return f"sm_{own}a" if own >= 90 else f"sm_{own}"
     older = [known for known in supported if known < own]
     if not older:
-        raise RuntimeError(
+        raise BuildError(
             f"NVRTC compiles for capabilities {', '.join(map(str, supported))}, the device has {own}; "
             "install a CuPy for an older CUDA, or use backend='triton'"
         )
@@ -92,12 +93,18 @@ def load(source: Source, name: str, device: torch.device, shared_bytes: int = 0)
         shared_bytes: the most dynamic shared memory that launches will ask for.
 
     Raises:
-        RuntimeError: the source does not compile; the message is the compiler's.
+        BuildError: there is no NVRTC, or the source does not compile; the message is theirs.
     """
     import cupy
 
     with torch.cuda.device(device):
-        supported = tuple(cupy.cuda.nvrtc.getSupportedArchs())
+        try:
+            supported = tuple(cupy.cuda.nvrtc.getSupportedArchs())
+        except (ImportError, OSError, RuntimeError) as error:
+            raise BuildError(
+                f"CuPy cannot load NVRTC, which compiles its kernels ({error}); install it, for example with "
+                "`pip install nvidia-cuda-nvrtc-cu12`, or use backend='triton'"
+            ) from error
         binary = _binary(source, architecture(torch.cuda.get_device_capability(device), supported))
         kernel = cupy.RawModule(path=str(binary)).get_function(name)
         if shared_bytes > SHARED_BYTES_WITHOUT_ASKING:
@@ -124,7 +131,7 @@ def compile_binary(code: str, file: str, options: tuple[str, ...]) -> bytes:
     """A cubin, or PTX where the options name a portable architecture.
 
     Raises:
-        RuntimeError: with the compiler's messages.
+        BuildError: with the compiler's messages.
     """
     import cupy
 
@@ -136,7 +143,7 @@ def compile_binary(code: str, file: str, options: tuple[str, ...]) -> bytes:
         return nvrtc.getPTX(program) if portable else nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
-        raise RuntimeError(f"{file} does not compile with {' '.join(options)}: {error}\n{log}") from error
+        raise BuildError(f"{file} does not compile with {' '.join(options)}: {error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from chipmunk_kernels.backends.triton import interpreted
@@ -21,6 +22,11 @@ SMALLEST_TILE = 16  # rows of one tensor-core instruction
 MOST_REGISTERS = 255  # that a thread can have
 ALIGNMENT = 16  # bytes; Triton compiles another binary for pointers that are not multiples of it
 _ELSEWHERE = nullcontext()
+BINARIES_TAKE_ALL_ARGUMENTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+"""Whether a binary is launched with every argument of its kernel, constants included.
+
+So it is in the versions that were read (3.6, 3.7); 3.2 left constants out. Elsewhere Triton does each launch.
+"""
 
 
 class Launcher:
@@ -28,7 +34,8 @@ class Launcher:
 
     Triton looks at every argument of every launch to find the binary that fits, which for the 30 arguments of
     an attention kernel takes most of the launch's host time. Here one dictionary finds it, by everything that
-    the choice may depend on. Pointers that are not aligned, which is rare, are left to Triton each time.
+    the choice may depend on. Pointers that are not aligned, which is rare, are left to Triton each time; so
+    is everything in a version whose binaries take other arguments.
 
     Attributes:
         kernel: the jit function: tensors come first among its arguments, then integers, then floats, then
@@ -67,13 +74,14 @@ class Launcher:
         first = tensors[0]
         assert first is not None
         key = (first.device, *kinds, *integers, *constants.values(), *options.values())
-        aligned, grid = addresses % ALIGNMENT == 0, (programs, 1, 1)
-        binary = self.known.get(key) if aligned else None
+        direct = BINARIES_TAKE_ALL_ARGUMENTS and addresses % ALIGNMENT == 0
+        grid = (programs, 1, 1)
+        binary = self.known.get(key) if direct else None
         if binary is not None:
             binary[grid](*tensors, *integers, *floats, *constants.values())
             return
         binary = self.kernel[grid](*tensors, *integers, *floats, **constants, **options)
-        if aligned and binary is not None:  # the interpreter has none
+        if direct and binary is not None:  # the interpreter has none
             if len(self.known) >= self.limit:
                 self.known.clear()
             self.known[key] = binary
