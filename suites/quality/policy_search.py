@@ -143,9 +143,16 @@ class Search:
             note(f"{self.start.name}: {min(decibels.values()):.1f} dB or more; trials run {told}")
         return [Case(*pair) for pair in study.user_attrs["hardest"]]
 
-    def check(self, finalists: int) -> Found | None:
-        """The fastest trial that holds the floor on every case; None if no finalist does."""
-        feasible = [t for t in _complete(self.study()) if t.user_attrs["shortfall_db"] <= 0]
+    def check(self, finalists: int, need_mlp: bool = False) -> Found | None:
+        """The fastest trial that holds the floor on every case; None if no finalist does.
+
+        With `need_mlp`, only those whose MLP is sparse too.
+        """
+        feasible = [
+            t
+            for t in _complete(self.study())
+            if t.user_attrs["shortfall_db"] <= 0 and (t.user_attrs["policy"]["mlp"] or not need_mlp)
+        ]
         for trial in sorted(feasible, key=_value)[:finalists]:
             policy = Policy.from_mapping(trial.user_attrs["policy"])
             total, psnrs = 0.0, []

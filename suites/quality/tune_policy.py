@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         "--check-seeds", type=int, default=2, metavar="N", help="seeds of each checked prompt (%(default)s)"
     )
     parser.add_argument("--finalists", type=int, default=4, metavar="N", help="checked at most (%(default)s)")
+    parser.add_argument(
+        "--need-mlp",
+        action="store_true",
+        help="write a policy whose MLP is sparse too: where it is a small part of the time, dense may win",
+    )
     parser.add_argument("--steps", type=int, default=28, help="(%(default)s)")
     parser.add_argument("--size", metavar="N|WxH", help="pixels; default: the model's own")
     parser.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
@@ -136,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     try:
         search.run(options.trials)
-        found = search.check(options.finalists)
+        found = search.check(options.finalists, options.need_mlp)
     except KeyboardInterrupt:
         print("\ninterrupted: finished trials are kept; the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -171,7 +176,8 @@ def _write(output: Path, found: Any, search: Search, settings: dict[str, Any]) -
 
     lines = [
         f"Found by suites.quality.tune_policy: the fastest of {search.finished} trials that keeps "
-        f"{search.floor:g} dB on all {len(found.psnr_db)} pictures (prompts × seeds).",
+        f"{search.floor:g} dB on all {len(found.psnr_db)} pictures (prompts × seeds)"
+        + (", attention and MLP sparse." if found.policy.mlp else ", attention sparse."),
         ", ".join(f"{key} {value}" for key, value in settings.items()),
         f"PSNR lowest {min(found.psnr_db):.1f} dB, mean {statistics.fmean(found.psnr_db):.1f} dB.",
         f"About {found.speedup:.2f}x over dense runs made earlier; chipmunk-run measures both side by side.",

@@ -180,6 +180,15 @@ def test_the_check_refuses_what_one_prompt_breaks(new_search: Callable[..., Sear
     assert [prompt for _, prompt in model.sparse] == ["easy", "hard"], "the first failure ends the check"
 
 
+@pytest.mark.usefixtures("in_memory")
+def test_a_sparse_mlp_may_be_demanded(new_search: Callable[..., Search]) -> None:
+    search = new_search(floor=20.0)
+    search.run(12)
+    assert any(t.user_attrs["policy"]["mlp"] is None for t in search.study().trials)
+    found = search.check(finalists=3, need_mlp=True)
+    assert found is not None and found.policy.mlp is not None
+
+
 def test_a_search_continues_where_it_was_killed(new_search: Callable[..., Search], model: Model) -> None:
     """Finished trials and dense runs are not repeated; what a killed process left is given up."""
     search = new_search()
