@@ -134,19 +134,18 @@ class AttentionDelta:
         per_head = 4 * q.shape[0] * group_count(q.shape[2], size) * k.shape[2]
         at_once = max(1, min(heads, MASS_BYTES // per_head))
         outs, lses, sets = [], [], []
-        side = Side(q.device)
         mass = None
-        for first in range(0, heads, at_once):
-            part = slice(first, first + at_once)
-            lse = None if self._lse is None else self._lse[:, part]
-            out, lse, next_mass = self._sum_columns(q[:, part], k[:, part], v[:, part], lse)
-            side.join()  # the last selection ran beside those sums; its masses may go now
-            mass = next_mass
-            with side.fork():
-                sets.append(self._choose_columns(mass, step, first, keep))
-            outs.append(out)
-            lses.append(lse)
-        side.join()
+        with Side(q.device) as side:
+            for first in range(0, heads, at_once):
+                part = slice(first, first + at_once)
+                lse = None if self._lse is None else self._lse[:, part]
+                out, lse, next_mass = self._sum_columns(q[:, part], k[:, part], v[:, part], lse)
+                side.join()  # the last selection ran beside those sums; its masses may go now
+                mass = next_mass
+                with side.fork():
+                    sets.append(self._choose_columns(mass, step, first, keep))
+                outs.append(out)
+                lses.append(lse)
         del mass
         if len(sets) == 1:
             self._lse = lses[0]

@@ -116,12 +116,11 @@ class MlpDelta:
             return F.linear(activations, weights.down, weights.down_bias)
         by_neuron = activations.transpose(1, 2)
         self._activations = torch.empty_like(by_neuron, memory_format=torch.contiguous_format)
-        side = Side(x.device)
-        with side.fork():  # the caches are written beside the second product
-            self._activations.copy_(by_neuron)
-            self._means = self._group_mean(mid)
-        self._out = F.linear(activations, weights.down, weights.down_bias)
-        side.join()
+        with Side(x.device) as side:
+            with side.fork():  # the caches are written beside the second product
+                self._activations.copy_(by_neuron)
+                self._means = self._group_mean(mid)
+            self._out = F.linear(activations, weights.down, weights.down_bias)
         self._refreshed, self._since = step, 0
         return self._out
 
@@ -133,21 +132,21 @@ class MlpDelta:
         assert self.columns is not None and self._selection is not None
         self._since += 1
         self._selection.uses += 1
-        side, old_means = Side(x.device), self._means
-        with side.fork():  # the new means are for the next selection
-            self._update_means(means)
-        out = sparse_mlp(
-            x,
-            weights.up,
-            weights.up_bias,
-            weights.by_neuron(),
-            self.columns,
-            self._activations,
-            self._out,
-            activation="gelu_tanh",
-            **self._launch("sparse_mlp", x, weights),
-        )
-        side.join()
+        old_means = self._means
+        with Side(x.device) as side:
+            with side.fork():  # the new means are for the next selection
+                self._update_means(means)
+            out = sparse_mlp(
+                x,
+                weights.up,
+                weights.up_bias,
+                weights.by_neuron(),
+                self.columns,
+                self._activations,
+                self._out,
+                activation="gelu_tanh",
+                **self._launch("sparse_mlp", x, weights),
+            )
         del old_means  # the side may have read it until here
         return out
 

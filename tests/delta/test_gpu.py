@@ -1,4 +1,5 @@
-"""The delta engine on a GPU: work beside the current stream gives what it gives in place, bit for bit."""
+"""The delta engine on a GPU: work beside the current stream gives what it gives in place, bit for bit, and so
+does a captured graph of it."""
 
 from __future__ import annotations
 
@@ -65,3 +66,42 @@ def test_mlp_caches_beside_the_second_product(monkeypatch: pytest.MonkeyPatch) -
 
     for ours, wanted in zip(*in_place_and_beside(run, monkeypatch), strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_full_and_sparse_steps_in_a_graph() -> None:
+    """The side stream is forked into the capture and joined there; a replay computes with what it finds."""
+    schedule = Schedule(first=1, every=3, also=())
+    attention_policy = AttentionPolicy(keep=0.1, random=0.02, window=32, group_size=192, schedule=schedule)
+    mlp_policy = MlpPolicy(keep=0.2, random=0.05, group_size=128, schedule=schedule)
+    up, down = (
+        randn(*shape, dtype=torch.bfloat16, device=GPU, seed=seed, scale=shape[1] ** -0.5)
+        for seed, shape in enumerate(((1024, 256), (256, 1024)))
+    )
+    by_neuron = down.t().contiguous()
+    weights = MlpWeights(up, None, down, None, lambda: by_neuron)
+
+    def draw(seed: int) -> list[Tensor]:
+        shapes = [(1, 2, 1000, 128)] * 3 + [(1, 1000, 256)]
+        return [
+            randn(*shape, dtype=torch.bfloat16, device=GPU, seed=4 * seed + i)
+            for i, shape in enumerate(shapes)
+        ]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> list[Tensor]:
+        attend, mlp = AttentionDelta(attention_policy), MlpDelta(mlp_policy)
+        return [out for step in range(2) for out in (attend(q, k, v, step), mlp(x, weights, step))]
+
+    inputs = draw(0)
+    run(*inputs)  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*inputs)
+    for seed in (1, 2):
+        fresh = draw(seed)
+        for target, values in zip(inputs, fresh, strict=True):
+            target.copy_(values)
+        graph.replay()
+        torch.cuda.synchronize()
+        for ours, wanted in zip(captured, run(*fresh), strict=True):
+            assert torch.equal(ours, wanted)
