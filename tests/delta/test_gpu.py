@@ -45,7 +45,7 @@ def test_selection_beside_the_next_heads(heads_at_once: int, monkeypatch: pytest
 
     def run() -> list[Tensor]:
         delta = AttentionDelta(policy)
-        return [delta(*qkv, step, keep=((0, 64),)) for step, qkv in enumerate(steps)]
+        return [delta(q, k, v, step, keep=((0, 64),)) for step, (q, k, v) in enumerate(steps)]
 
     for ours, wanted in zip(*in_place_and_beside(run, monkeypatch), strict=True):
         assert torch.equal(ours, wanted)
