@@ -87,7 +87,7 @@ def launch(
     values = [each if type(each) is int or type(each) is float else plain(each) for each in arguments]
     own = getattr(kernel.own, "arguments", None)
     if own is None:
-        _join_context()
+        join_context()
         own = kernel.own.arguments = Arguments(values)
     own.pack_into(own.memory, 0, *values)
     kernel.driver(
@@ -96,7 +96,7 @@ def launch(
     )  # fmt: skip
 
 
-def _join_context() -> None:
+def join_context() -> None:
     """Have the device's context current in this thread, as any call of CUDA's runtime that needs it does."""
     from cupy.cuda import runtime
 

@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from chipmunk_kernels.backends.cupy.launching import join_context
+
 MAP_BYTES = 128
 BOX_WIDTH = 64
 """Elements of a box's rows: 128 bytes, what one swizzled row of shared memory holds."""
@@ -21,6 +23,7 @@ _ALIGNMENT = 64  # of a map in memory, which the driver checks
 _KINDS = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZEROS = 0, 3, 3, 0
 _STEP_BYTES = 16  # addresses and strides are multiples of it
+_NO_CONTEXT = 201  # what the driver answers a thread that has not used a device yet
 
 
 def with_map(x: Tensor, rows: int, box_rows: int) -> tuple[Tensor, bytes]:
@@ -64,13 +67,18 @@ def _encode(
 ) -> bytes:
     room = ctypes.create_string_buffer(MAP_BYTES + _ALIGNMENT)
     place = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
-    status = _driver().cuTensorMapEncodeTiled(
+    encode = functools.partial(
+        _driver().cuTensorMapEncodeTiled,
         ctypes.c_void_p(place), ctypes.c_int(_KINDS[dtype]), ctypes.c_uint32(4), ctypes.c_void_p(address),
         (ctypes.c_uint64 * 4)(*sizes), (ctypes.c_uint64 * 3)(*strides),
         (ctypes.c_uint32 * 4)(BOX_WIDTH, box_rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         ctypes.c_int(_NO_INTERLEAVE), ctypes.c_int(_SWIZZLE_128B), ctypes.c_int(_PROMOTE_256B),
         ctypes.c_int(_FILL_ZEROS),
     )  # fmt: skip
+    status = encode()
+    if status == _NO_CONTEXT:
+        join_context()
+        status = encode()
     if status:
         raise RuntimeError(
             f"the driver refuses a tensor map (error {status}): {sizes=} {strides=} {box_rows=}"
