@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chipmunk_kernels import registry
-from chipmunk_kernels.backends.cupy_hopper import mlp
+from chipmunk_kernels.backends.cupy_hopper import mlp, tensor_maps
 from chipmunk_kernels.backends.cupy_hopper.mlp import SparseMlpSettings
 from tests.cupy_hopper.test_mlp import caches, call
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs
@@ -149,6 +150,30 @@ def test_repeats_graphs_and_streams_are_bit_identical() -> None:
     on_side_stream(fill_then_call)
     assert torch.equal(first[0], aside[0])
     assert torch.equal(first[1], aside[1])
+
+
+def test_mostly_empty_groups() -> None:
+    """Groups that share a place in the ring with nothing but empty ones between them, at work at once."""
+    inputs = mlp_inputs(1, 128 * 200, 256, 2048, dtype=BF16, group_size=128, device=GPU)
+    columns = inputs.columns
+    ring = mlp.order(DEFAULT, 200, columns.capacity, 256, 128, mlp._multiprocessors(GPU))[1]
+    assert 2 * ring < 200
+    some = torch.arange(200, device=GPU) % (2 * ring) == 1
+    counts = torch.where(some, columns.counts, 0)
+    check(dataclasses.replace(inputs, columns=dataclasses.replace(columns, counts=counts)))
+
+
+def test_a_thread_that_has_not_used_the_device() -> None:
+    inputs = mlp_inputs(1, 300, 256, 1024, dtype=BF16, group_size=128, device=GPU)
+    expected = run(inputs)
+    results = caches(inputs)
+    tensor_maps._map.cache_clear()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call, inputs, *results, DEFAULT).result()
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], expected[0])
+    assert torch.equal(results[1], expected[1])
 
 
 def test_shapes_take_turns_on_a_stream() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +196,30 @@ def test_any_order_gives_the_same_bits(folder: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
+def test_empty_groups_between_two_that_share_a_place(folder: Path) -> None:
+    """A place in the ring is free when the last group that had one there has been read, however far back."""
+    inputs = mlp_inputs(1, 1000, 8, 700, 520, 128, 0.95, dtype=BF16)
+    columns = inputs.columns
+    ring = mlp.order(SMALL, columns.groups, columns.capacity, 520, 128, 2)[1]
+    assert 2 * ring < columns.groups
+    some = torch.arange(columns.groups) % (2 * ring) == 1
+    counts = torch.where(some, columns.counts, 0)
+    inputs = dataclasses.replace(inputs, columns=dataclasses.replace(columns, counts=counts))
+    for seed in range(4):
+        check(inputs, emulated(Emulator(folder, 2, seed), inputs, SMALL))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_counts_past_the_capacity_end_there(folder: Path) -> None:
+    inputs = mlp_inputs(1, 150, 40, 200, 64, 128, 0.8, uniform=True, dtype=BF16)
+    columns = inputs.columns
+    over = dataclasses.replace(columns, counts=columns.counts + 300)
+    check(inputs, emulated(Emulator(folder, 2), dataclasses.replace(inputs, columns=over), SMALL))
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "broken"),
     [
@@ -215,6 +241,33 @@ def test_the_emulator_sees_a_deadlock(
     inputs = mlp_inputs(1, 900, 256, 200, 64, 128, 0.9, dtype=BF16)
     with pytest.raises(AssertionError, match="deadlock"):
         emulated(Emulator(folder, 2), inputs, SMALL)
+
+
+def test_counters_are_kept_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: dict[int, tuple[int, int, int]] = {}
+    stream, device = SimpleNamespace(cuda_stream=7), torch.device("cuda:0")
+
+    def clear(address: int, value: int, size: int, on: int) -> None:
+        cleared[address] = (value, size, on)
+
+    cupy = ModuleType("cupy")
+    runtime = SimpleNamespace(malloc=lambda size: 4096 + len(cleared), memsetAsync=clear)
+    cupy.cuda = SimpleNamespace(runtime=runtime)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    mlp._own_counters.cache_clear()
+    try:
+        first = mlp._counters(62, device)
+        assert first == mlp._counters(40, device) == mlp._counters(64, device)
+        assert cleared == {first: (0, 64 * 4, 7)}
+        assert mlp._counters(65, device) != first
+        stream.cuda_stream = 8
+        assert mlp._counters(62, device) != first
+        assert sorted(cleared.values()) == [(0, 256, 7), (0, 256, 8), (0, 512, 7)]
+    finally:
+        mlp._own_counters.cache_clear()
 
 
 def test_nothing_to_do() -> None:

@@ -177,7 +177,8 @@ __device__ __forceinline__ Tile claim(const Problem& p) {
         if (number >= all) return tile;
         tile = tile_of(p, number);
         if (tile.row >= p.rows) continue;
-        tile.count = p.counts[tile.row];
+        // A count past the capacity would have down tiles wait for up tiles that nobody claims.
+        tile.count = min(p.counts[tile.row], p.capacity);
         tile.tokens = p.existing(tile.row, tile.part);
         const int least = tile.kind == UP ? tile.block * WIDE : 0;
         if (tile.count <= least || tile.tokens <= 0) continue;
@@ -204,14 +205,15 @@ __device__ __forceinline__ void announce(int* counter) {
     add_release(counter, 1);
 }
 
-// A down tile needs its delta; an up tile, that whatever had its place in the ring has been read.
+// A down tile needs its delta; an up tile, that whatever had its place in the ring has been read: the delta of the
+// last row before it there that has one, as that row's up tiles waited for the one before.
 __device__ __forceinline__ void await_inputs(const Problem& p, const Tile& tile) {
     if (tile.kind == DOWN) {
         await(p.ready(tile.row, tile.part), (tile.count + WIDE - 1) / WIDE * CONSUMERS);
-    } else if (tile.row >= p.ring) {
-        const int before = tile.row - p.ring;
-        if (p.counts[before] > 0 && p.existing(before, tile.part) > 0)
-            await(p.drained(before, tile.part), p.down_blocks * CONSUMERS);
+    } else {
+        int before = tile.row - p.ring;
+        while (before >= 0 && (p.counts[before] <= 0 || p.existing(before, tile.part) <= 0)) before -= p.ring;
+        if (before >= 0) await(p.drained(before, tile.part), p.down_blocks * CONSUMERS);
     }
 }
 

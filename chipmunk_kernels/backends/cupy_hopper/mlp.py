@@ -263,19 +263,31 @@ def sparse_mlp(
     )  # fmt: skip
 
 
-def _counters(count: int, device: torch.device) -> Tensor:
-    """Noughts. The kernel leaves them so: one tensor serves all launches on a stream, which take turns.
+def _counters(count: int, device: torch.device) -> Tensor | int:
+    """Noughts, at least `count`. The kernel leaves them so: they serve all launches on a stream, one by one.
 
     A graph may be replayed on any stream, so it has its own.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    return _own_counters(count, device, torch.cuda.current_stream(device).cuda_stream)
+    room = 1 << (count - 1).bit_length()  # few sizes, shared by all shapes
+    return _own_counters(room, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-@functools.lru_cache(maxsize=256)
-def _own_counters(count: int, device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+@functools.cache
+def _own_counters(count: int, device: torch.device, stream: int) -> int:
+    """Address of counters that are kept for the process.
+
+    Not PyTorch's memory: what a compiled graph's trial runs allocate comes from the graph's pool, which gives
+    it away once they are over, to whoever is next.
+    """
+    import cupy
+
+    runtime, size = cupy.cuda.runtime, count * torch.int32.itemsize
+    with torch.cuda.device(device):
+        address = int(runtime.malloc(size))
+        runtime.memsetAsync(address, 0, size, stream)
+    return address
 
 
 def _multiprocessors(device: torch.device) -> int:
