@@ -7,8 +7,9 @@
 // it is: one shuffle, one multiply-add and one copy for every 512 bytes.
 //
 // Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's
-// keys and values in the L2 cache; the last few tiles, less than a round, are cut by warpgroups (`Place`). The fetching warpgroup runs ahead into the next row tile, so its first
-// loads hide behind the last products and the epilogue of the one before.
+// keys and values in the L2 cache; the last few tiles, less than a round, are cut by warpgroups (`Place`). The
+// fetching warpgroup runs ahead into the next row tile, so its first loads hide behind the last products and the
+// epilogue of the one before.
 //
 // Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
 // BLOCKS (that share a multiprocessor).
@@ -508,23 +509,29 @@ __device__ __forceinline__ void await_tile(unsigned barrier, int parity) {
     fence_async_proxy();
 }
 
-// A warpgroup without a row in this unit: its arrivals count all the same.
+// A warpgroup without a row in this unit: its arrivals count all the same. No product gathers its warps between
+// waits, so each release does: the barrier must not go on two phases before every lane has seen the first.
+__device__ __forceinline__ void release_together(unsigned barrier, int lane) {
+    __syncwarp();
+    release(barrier, lane);
+}
+
 __device__ __forceinline__ void pass_by(
     const Shared& shared, Ring& keys, Ring& values, int& queries_parity, int tiles, int consumer, int lane) {
     if (tiles == 0) return;
     barrier_wait(shared.queries_full(), queries_parity);
     queries_parity ^= 1;
-    release(shared.queries_empty(), lane);
+    release_together(shared.queries_empty(), lane);
     for (int t = 0; t < tiles; ++t) {
         barrier_wait(shared.keys_full(keys.stage), keys.parity);
-        release(shared.keys_empty(keys.stage), lane);
+        release_together(shared.keys_empty(keys.stage), lane);
         keys.advance();
         if (t > 0) {
             await_turn(consumer);
             pass_turn(consumer);
         }
         barrier_wait(shared.values_full(values.stage), values.parity);
-        release(shared.values_empty(values.stage), lane);
+        release_together(shared.values_empty(values.stage), lane);
         values.advance();
     }
 }
