@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.triton import select, select_fast
+from chipmunk_kernels.backends.triton.device import register_share
 from chipmunk_kernels.backends.triton.select import Row, SelectSettings, coverage_columns, topk_columns
 from chipmunk_kernels.backends.triton.select_fast import Plan, packed
 from reference import select as truth
@@ -133,3 +134,11 @@ def test_packed_marks(columns: int) -> None:
         assert words.shape == (3, -(-columns // 32))
         n = torch.arange(columns)
         assert torch.equal((words[:, n // 32] >> (n % 32)) & 1 != 0, marks.cpu())
+
+
+def test_contests_that_share_a_multiprocessor_fit_its_registers() -> None:
+    """Up to 32 warps; more would have to do with fewer registers than a contest can."""
+    for warps, per_unit in ((4, 2), (4, 6), (4, 8), (8, 2), (8, 3), (8, 4)):
+        registers = register_share(per_unit, warps, 64)
+        assert 64 <= registers <= 255 and registers * 32 * warps * per_unit <= 65536
+    assert register_share(8, 8, 64) == 64

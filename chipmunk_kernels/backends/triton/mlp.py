@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk_kernels.backends.triton import interpreted
-from chipmunk_kernels.backends.triton.device import units
+from chipmunk_kernels.backends.triton.device import REGISTERS, units
 from chipmunk_kernels.backends.triton.launch import (
     MOST_REGISTERS,
     on_device,
@@ -37,7 +37,6 @@ from chipmunk_kernels.settings import LaunchSettings, choice
 
 SCRATCH_BYTES = 64 << 20
 """Most scratch memory of a call, if one group of each batch entry fits it."""
-REGISTERS = 65536  # of a multiprocessor
 OTHER_REGISTERS = 112  # that a thread needs besides its accumulator, as compiled for sm_90
 
 

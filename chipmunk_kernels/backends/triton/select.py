@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton.device import units
+from chipmunk_kernels.backends.triton.device import register_share, units
 from chipmunk_kernels.backends.triton.launch import on_device, signature
 from chipmunk_kernels.backends.triton.select_fast import (
     CLUSTER,
@@ -87,6 +87,9 @@ def mask_kernel(
 
 
 SUM_BLOCK = 512
+FEWEST_REGISTERS = 64
+"""Of a contest's thread: with fewer it spills much. Left alone, Triton 3.6 takes 80 with 8 warps, room for
+three programs, not four; and rows are dealt out beforehand, so one that waits doubles the time of all."""
 
 
 def _outputs(shape: torch.Size, capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -189,6 +192,7 @@ class Row:
             scores, always, floors, words, indices, counts, scratch, k, random, seed, bound,
             *self.extent, rows, *self.room, *self._strides(marks), width,
             **shortlist_shape(plan.size, settings.contest_warps), **self.kinds,
+            maxnreg=register_share(settings.per_unit, settings.contest_warps, FEWEST_REGISTERS),
         )  # fmt: skip
 
     def search(self, settings: SelectSettings, left_over: bool) -> None:

@@ -89,7 +89,7 @@ def contest_size(length: int) -> int | None:
 
 
 def shortlist_shape(size: int, warps: int) -> dict[str, int]:
-    """Launch of the contests of long rows: 4 candidates a thread at once take 64 registers; 8, 111."""
+    """Launch of the contests of long rows: 4 candidates a thread at once take 64 to 80 registers; 8, 111."""
     return {"SIZE": size, "PART": min(size, 4 * 32 * warps), "num_warps": warps}
 
 
