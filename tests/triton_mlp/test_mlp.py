@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton import mlp
+from chipmunk_kernels.backends.triton import launch, mlp
 from chipmunk_kernels.backends.triton.mlp import SparseMlpSettings, sparse_mlp
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
@@ -82,6 +84,25 @@ def test_which_tiles_are_halved() -> None:
     tiles = (420, 360, 264, 100, 150)
     assert [mlp._whole_tiles(count, 1, 132) for count in tiles] == [396, 360, 264, 100, 132]
     assert mlp._whole_tiles(420, 2, 132) == 420
+
+
+@pytest.mark.parametrize(
+    ("dtype", "major", "cap"), [(torch.float16, 9, 128), (torch.float16, 8, None), (torch.float32, 9, None)]
+)
+def test_no_cap_where_operands_take_registers(
+    dtype: torch.dtype, major: int, cap: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: launches.append(options)
+
+    monkeypatch.setattr(launch, "_capability", lambda device: major)
+    monkeypatch.setattr(mlp, "up_kernel", Recorder())
+    monkeypatch.setattr(mlp, "down_kernel", Recorder())
+    run(mlp_inputs(1, 64, 64, 64, dtype=dtype, device=DEVICE), SparseMlpSettings(up_registers=128))
+    assert [options["maxnreg"] for options in launches if "maxnreg" in options] == [cap]
 
 
 def test_groups_at_once_fill_the_last_wave() -> None:

@@ -51,6 +51,8 @@ class SparseMlpSettings(LaunchSettings):
         up_warps, up_stages: its warps and pipeline stages.
         up_registers: cap on a thread's registers, 0 for none. 128 lets two programs of 8 warps share a
             multiprocessor, so that one's products cover the other's long epilogue; spills nothing on sm_90.
+            Left out where operands pass through registers, too: 216 bytes a thread would spill before
+            sm_90, 656 in float32.
         down_tokens: tokens per program of the down-projection.
         down_width: output features per program.
         down_depth: kept neurons per step of its loop; half as many in float32.
@@ -317,7 +319,8 @@ def sparse_mlp(
     down_blocks, down_tiles = triton.cdiv(width_out, settings.down_width), triton.cdiv(rows, down_tokens)
     # Wide elements in half as deep tiles take the same shared memory.
     up_depth, down_depth = settings.up_depth * 2 // x.itemsize, settings.down_depth * 2 // x.itemsize
-    up_wave = _wave(x.device, settings.up_columns * up_tokens, settings.up_warps, settings.up_registers)
+    cap = register_cap(settings.up_registers, x.device) if x.itemsize == 2 else None
+    up_wave = _wave(x.device, settings.up_columns * up_tokens, settings.up_warps, cap or 0)
     per_group = batch * capacity * group_size * x.itemsize
     at_once = _groups_at_once(groups, per_group, batch * up_blocks * up_tiles, up_wave)
     packed = torch.empty(batch * at_once * capacity * group_size, dtype=x.dtype, device=x.device)
@@ -335,7 +338,7 @@ def sparse_mlp(
                 EVEN=width % up_depth == 0, PREFETCH=bool(settings.prefetch) and not interpreted(),
                 PRECISION=precision(x.dtype),
                 num_warps=settings.up_warps, num_stages=settings.up_stages,
-                maxnreg=register_cap(settings.up_registers),
+                maxnreg=cap,
             )  # fmt: skip
             down_kernel[(down_blocks * down_tiles * some, batch)](
                 packed, w2_by_neuron, indices, counts, output_cache,
