@@ -35,7 +35,7 @@ THEIRS_ALLOWED = {
 
 HOMES = {
     "triton": ("chipmunk_kernels/backends/triton/",),
-    "cupy": ("chipmunk_kernels/backends/cupy/",),
+    "cupy": ("chipmunk_kernels/backends/cupy/", "chipmunk_kernels/backends/cupy_hopper/"),
     "diffusers": ("chipmunk_kernels/integrations/",),
 }
 """Optional packages and the only folders of `chipmunk_kernels` that may import them."""

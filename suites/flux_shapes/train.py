@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 
-STARTED = time.monotonic()  # before the heavy imports, which are part of the time budget
+STARTED = time.monotonic()  # before the heavy imports, which are part of the command's time budget
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; returns the exit code."""
+def main(argv: Sequence[str] | None = None, started: float | None = None) -> int:
+    """Command-line entry; returns the exit code. The time budget runs from `started`, or from now."""
     options = parser().parse_args(argv)
     import torch
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error)
         return 2
-    run(plan, options.out, options.minutes * 60, options.device)
+    run(plan, options.out, options.minutes * 60, options.device, started)
     return 0
 
 
@@ -100,14 +100,14 @@ def autocast_for(device: torch.device) -> Callable[[], contextlib.AbstractContex
     return functools.partial(torch.autocast, "cuda", torch.bfloat16)
 
 
-def run(plan: Plan, out: Path, budget_s: float, device_name: str) -> None:
+def run(plan: Plan, out: Path, budget_s: float, device_name: str, started: float | None = None) -> None:
     """Train by the plan and leave the archive, the grid and the log in `out`."""
     import torch
 
     from suites.flux_shapes.clock import Clock, Log
 
     out.mkdir(parents=True, exist_ok=True)
-    clock = Clock(budget_s, STARTED)
+    clock = Clock(budget_s, started)
     log = Log(clock, out / "log.json")
     device = torch.device(device_name)
     torch.set_float32_matmul_precision("high")
@@ -277,4 +277,4 @@ def _attention_backends(device: torch.device) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(started=STARTED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_every_stage_runs_and_is_logged(trained: Path) -> None:
     assert [row["step"] for row in rows if row["event"] == "denoiser"] == [3, 6]
     assert all(row["follow"][1] > 0 for row in rows if row["event"] in ("preview", "score"))
     assert (trained / "grid.png").stat().st_size > 0
+
+
+def test_the_time_budget_runs_from_the_start_that_is_named(tmp_path: Path) -> None:
+    """The command's own start, imports included; without one, the call: other tests may have run for long."""
+    long_ago = time.monotonic() - 3600
+    assert train.main(["--out", str(tmp_path), *MINIATURE], started=long_ago) == 0
+    events = [row["event"] for row in json.loads((tmp_path / "log.json").read_text())]
+    assert "denoiser" not in events[events.index("rehearsed") :]
 
 
 def test_it_assembles_into_a_folder_that_loads(trained: Path, tmp_path: Path) -> None:
