@@ -202,8 +202,9 @@ def _demand(operation: str, backend: str, problem: Problem, device: torch.device
 
 def _best(operation: str, problem: Problem, device: torch.device, entry: Entry | None) -> Kernel:
     """The profile's winner, or the next backend that can."""
-    order = tuple(name for name in _default_order(device) if _offers(name, operation))
-    names = dict.fromkeys(((entry.backend,) if entry else ()) + order)
+    order = DEFAULT_ORDER.get(device.type, ("torch",))
+    offered = tuple(name for name in order if _offers(name, operation))
+    names = dict.fromkeys(((entry.backend,) if entry else ()) + offered)
     passed_over: list[str] = []
     for name in names:
         reason = _why_not(operation, name, problem, device)
@@ -213,10 +214,6 @@ def _best(operation: str, problem: Problem, device: torch.device, entry: Entry |
             return registry.kernel(operation, name)
         passed_over.append(f"{name} cannot: {reason}")
     raise RuntimeError(f"{operation}: no backend can run this on {device}: {'; '.join(passed_over)}")
-
-
-def _default_order(device: torch.device) -> tuple[str, ...]:
-    return DEFAULT_ORDER.get(device.type, ("torch",))
 
 
 def _offers(backend: str, operation: str) -> bool:
