@@ -26,8 +26,8 @@ class WorkloadError(ValueError):
 
 
 MEASURES = {"speedup": "at least", "time_of_dense": "at most", "share_of_copy": "at least"}
-"""What a bar can be set on: dense time over kernel time, kernel time over dense time, and compulsory bytes a
-second over those of a plain copy."""
+"""What a bar can be set on: dense time over kernel time, kernel time over dense time, and the time of a plain
+copy that moves the compulsory bytes over kernel time."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Bar:
         value: at least or at most, as the measure has it.
         backend: whose kernel has to; None for whichever is best.
         dense: label of the problem whose dense baseline counts; None for the problem's own.
+        also: labels of problems where it may be reached instead: the same shapes in another group size.
     """
 
     measure: str
     value: float
     backend: str | None = None
     dense: str | None = None
+    also: tuple[str, ...] = ()
 
     def met_by(self, value: float) -> bool:
         """Whether a measured value reaches the bar."""
@@ -135,8 +137,8 @@ def _workload(name: str, document: dict, native_dtype: str) -> Workload:
     problems = tuple(_problem(item, native_dtype) for item in document["problems"])
     labels = {item.label for item in problems}
     for bar in (bar for item in problems for bar in item.bars):
-        if bar.dense is not None and bar.dense not in labels:
-            raise ValueError(f"bar: dense: no problem is labelled {bar.dense!r}")
+        for label in ({bar.dense} | set(bar.also)) - {None} - labels:
+            raise ValueError(f"bar: no problem is labelled {label!r}")
     limits = {str(key): float(value) for key, value in (document.get("limits") or {}).items()}
     if not set(limits) <= {"extra_mib", "launch_us"}:
         raise ValueError(f"limits: expected extra_mib and launch_us, got {sorted(limits)}")
@@ -163,9 +165,12 @@ def _problem(item: dict, native_dtype: str) -> LabelledProblem:
 
 
 def _bars(values: dict[str, Any] | None) -> tuple[Bar, ...]:
-    """`{speedup: 4.0}`, `{speedup: {triton: 10.8}}` or `{time_of_dense: 0.03, dense: LABEL}`."""
+    """`{speedup: 4.0}`, `{speedup: {triton: 10.8}}`, `{time_of_dense: 0.03, dense: LABEL}` or
+    `{speedup: 4.0, also: [LABEL]}`."""
     fields = dict(values or {})
-    dense = fields.pop("dense", None)
+    dense, also = fields.pop("dense", None), fields.pop("also", None) or []
+    if not isinstance(also, list):
+        raise ValueError(f"bar: also: expected a list of labels, got {also!r}")
     bars = []
     for measure, value in fields.items():
         if measure not in MEASURES:
@@ -173,5 +178,7 @@ def _bars(values: dict[str, Any] | None) -> tuple[Bar, ...]:
         by_backend = value if isinstance(value, dict) else {None: value}
         if not set(by_backend) <= {None, *BACKENDS}:
             raise ValueError(f"bar: expected backends among {', '.join(BACKENDS)}; got {list(by_backend)}")
-        bars += [Bar(measure, float(number), backend, dense) for backend, number in by_backend.items()]
+        bars += [
+            Bar(measure, float(number), backend, dense, tuple(also)) for backend, number in by_backend.items()
+        ]
     return tuple(bars)

@@ -20,116 +20,17 @@ from suites.benchmarks.bars import run as run_module
 from suites.benchmarks.bars import tasks
 from suites.benchmarks.bars.__main__ import main
 from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
-from suites.benchmarks.bars.report import Report
 from suites.benchmarks.bars.run import Plan, hopeless, run
 from suites.benchmarks.bars.tasks import DENSE, Row, Task
-from tuner.baselines import Baseline
-from tuner.hardware import Ceilings
+from tests.benchmarks.cases import RIGHT, attention, timed
+from tuner.baselines import Baseline, work_of
 from tuner.problem import make_case
-from tuner.statistics import Interval
 from tuner.store import Outcome
 from tuner.verify import Check
 from tuner.workload import Bar, LabelledProblem, load_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-RIGHT = Check(0.0, 1.0, "everywhere")
-
-
-def attention(label: str, *bars: Bar, **fields: Any) -> LabelledProblem:
-    shape = {"rows": 1000, "columns": 1000, "width": 100, "density": 0.1, **fields}
-    return LabelledProblem(label, Problem("sparse_attention", **shape), bars=bars)
-
-
-def exactly(value: float) -> Interval:
-    return Interval(value, value, value, 0.95, 6)
-
-
-def timed(item: LabelledProblem, backend: str, ms: float, dense_ms: float = 10.0, **fields: Any) -> Row:
-    row = Row(item, backend, time=exactly(ms), dense=exactly(dense_ms), dense_name="dense", check=RIGHT)
-    return dataclasses.replace(row, speedup=exactly(dense_ms / ms), **fields)
-
-
-def report(items: Sequence[LabelledProblem], rows: Sequence[Row], **limits: float) -> Report:
-    made = Report(items, limits, Ceilings(100.0, {"bfloat16": 1.0, "float32": 1.0}), "cuda")
-    for row in rows:
-        made.add(row)
-    return made
-
-
-def test_a_bar_is_for_its_backend_or_for_the_best() -> None:
-    named = attention("a", Bar("speedup", 5.0, "triton"), Bar("speedup", 5.0))
-    rows = [timed(named, "triton", 2.5), timed(named, "cupy_hopper", 1.25), timed(named, "torch", 50.0)]
-    for_triton, for_the_best = report([named], rows).verdicts()
-    assert (for_triton.reached, for_triton.by, for_triton.met) == (4.0, "triton", False)
-    assert (for_the_best.reached, for_the_best.by, for_the_best.met) == (8.0, "cupy_hopper", True)
-
-
-def test_a_bar_on_time_takes_the_shortest_against_the_named_baseline() -> None:
-    layer = attention("layer")
-    own = attention("own", Bar("time_of_dense", 1.22))
-    other = attention("other", Bar("time_of_dense", 0.03, dense="layer"))
-    rows = [
-        timed(own, "triton", 12.0),
-        timed(own, "cupy_hopper", 15.0),
-        timed(other, "triton", 0.3, dense_ms=9.0),
-        Row(layer, DENSE, dense=exactly(12.0), dense_name="dense"),
-    ]
-    first, second = report([own, other], rows).verdicts()
-    assert (first.reached, first.by, first.met) == (pytest.approx(1.2), "triton", True)
-    assert second.reached == pytest.approx(0.3 / 12.0) and second.met
-    (unknown,) = report([other], rows[:-1]).verdicts()
-    assert unknown.reached is None and not unknown.met
-
-
-def test_a_share_of_the_copy_counts_compulsory_bytes() -> None:
-    problem = Problem("gather_columns", rows=128, columns=1000, width=100, density=0.1)
-    item = LabelledProblem("g", problem, bars=(Bar("share_of_copy", 0.8),))
-    # 100 columns read, 100 written, of 200 bytes each, and 100 indices of 4: 40400 bytes at 100 GB/s.
-    (verdict,) = report([item], [timed(item, "cupy", 40400 / 100e6)]).verdicts()
-    assert verdict.reached == pytest.approx(1.0) and verdict.met
-    (slow,) = report([item], [timed(item, "cupy", 40400 / 79e6)]).verdicts()
-    assert slow.reached == pytest.approx(0.79) and not slow.met
-
-
-def test_nothing_faster_than_the_roofline_meets_a_bar() -> None:
-    item = attention("a", Bar("speedup", 5.0))
-    floor_ms = 4 * 1000 * 100 * 100 / 1e12 * 1e3  # at 1 TF/s
-    made = report([item], [timed(item, "triton", floor_ms / 2)])
-    (verdict,) = made.verdicts()
-    assert not verdict.met and verdict.reached is None
-    assert "impossible" in made.text()
-    assert made.floor_share(made.rows[0]) == pytest.approx(2.0)
-
-
-def test_limits_bind_the_worst_kernel() -> None:
-    item = attention("a")
-    rows = [
-        timed(item, "triton", 1.0, extra_mib=3.0, launch_us=80.0),
-        timed(item, "cupy_hopper", 1.0, extra_mib=65.0, launch_us=9.0),
-        timed(item, "torch", 1.0, extra_mib=900.0, launch_us=900.0),
-    ]
-    memory, launch = report([item], rows, extra_mib=64.0, launch_us=15.0).verdicts()
-    assert (memory.reached, memory.met) == (65.0, False) and "cupy_hopper, a" in memory.by
-    assert (launch.reached, launch.met) == (9.0, True)
-
-
-def test_every_reason_is_told_once() -> None:
-    items = [attention("a", Bar("speedup", 2.0)), attention("b")]
-    made = report([], [])
-    lines = [made.add(Row(item, "cupy", "missing", "no cupy here")) for item in items]
-    assert lines == ["a | cupy: missing: no cupy here", ""]
-    made.add(Row(items[0], "triton", "crashed", "SIGSEGV"))
-    made.add(timed(items[1], "torch", 1.0, dense_failed={"FlexAttention": "no compiler"}))
-    text = made.text()
-    assert "cupy: no cupy here (2 problems)" in text and "triton: SIGSEGV (a)" in text
-    assert "FlexAttention left out of the baselines: no compiler (b)" in text
-    assert "crashed" in text  # a row of its own in the table
-    made.items = items
-    (verdict,) = made.verdicts()
-    assert not verdict.met and "triton: SIGSEGV" in verdict.by
-    document = json.loads(json.dumps(made.as_dict()))
-    assert [row["status"] for row in document["rows"]] == ["missing", "missing", "crashed", "ok"]
 
 
 class FakeBuilder:
@@ -317,6 +218,22 @@ def test_costs_are_counted_where_they_can_be() -> None:
         small = smallest(item.problem)
         assert (small.heads, small.groups) == (1, 1) and small.columns <= 256
         assert (small.width, small.group_size) == (item.problem.width, item.problem.group_size)
+
+
+@pytest.mark.parametrize("operation", ["gather_columns", "scatter_columns"])
+def test_a_copy_of_its_size_is_timed_beside_what_moves_columns(operation: str) -> None:
+    shape = {"rows": 300, "columns": 400, "width": 128, "dtype": "float32", "density": 0.2}
+    problem = Problem(operation, **shape)  # type: ignore[arg-type]
+    copy = tasks.plain_copy(make_case(problem, CPU, 0))
+    assert copy is not None
+    assert 2 * copy.call().nbytes == pytest.approx(work_of(problem).bytes, abs=8)
+    row = tasks.measure(Task(LabelledProblem("moved", problem), "torch", "cpu", max_seconds=0.05))
+    assert row.copy is not None and row.time is not None and row.share_of_copy is not None
+    assert row.share_of_copy.median == pytest.approx(row.copy.median / row.time.median, rel=0.7)
+
+
+def test_no_copy_is_timed_beside_what_computes() -> None:
+    assert tasks.plain_copy(make_case(attention("a", width=64).problem, CPU, 0)) is None
 
 
 @pytest.mark.gpu

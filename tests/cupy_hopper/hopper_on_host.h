@@ -270,6 +270,7 @@ static void copy_16_or_zeros(unsigned target, const void* source, int bytes) {
 static void prefetch_sector(const void* source) { (void)*static_cast<const volatile char*>(source); }
 constexpr int SECTOR_BYTES = 32;
 static void copy_16(unsigned target, const void* source) { copy_16_or_zeros(target, source, 16); }
+static void copy_16_prefetch_128(unsigned target, const void* source) { copy_16(target, source); }
 static void barrier_arrive_after_copies(unsigned barrier) { me->copies.push_back({Copy::ARRIVE, barrier}); }
 static void copies_commit() { me->copies.push_back({Copy::COMMIT}); }
 template <int PENDING>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chipmunk_kernels.backends.triton.select import coverage_columns
+from chipmunk_kernels.ops.select import COVERAGE_SLACK
 from reference import select as truth
 from tests.triton_select.cases import DEVICE, SMALL, always_mask, assert_same_columns
 
@@ -68,3 +70,46 @@ def test_full_coverage_keeps_every_column_with_mass() -> None:
     scores[..., 7], scores[..., 100], scores[..., 150] = 1e6, 1e-6, 1e-30
     indices, counts = coverage_columns(scores, 1.0, 200, None, 0, 0, 200, 200, SMALL)
     assert indices[0, 0, 0, : int(counts)].tolist() == [7, 100, 150]
+
+
+def needs(total: np.ndarray, granted: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the others must hold in float32, as two roundings and as the one of a fused multiply-add.
+
+    A GPU fuses and the interpreter does not. float64 holds these products exactly.
+    """
+    product = total * np.float64(np.float32(share))
+    apart = product.astype(np.float32) - granted.astype(np.float32)
+    return apart, (product - granted).astype(np.float32)
+
+
+def needless(need: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether a row of whole numbers that hold exactly what is needed would be asked for a column more."""
+    return bool((need > exact).any())
+
+
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_no_rounding_asks_for_more_than_an_exact_share(tenths: int) -> None:
+    """Every total of up to 40 000 of which the share is a whole number, with always-kept mass or without."""
+    total = np.arange(10, 40_000, 10, dtype=np.float64)
+    goal = total * tenths // 10
+    for part in (0.0, 0.1, 0.5, 0.9):
+        granted = np.floor(goal * part)
+        for need in needs(total, granted, tenths / 10 * (1 - COVERAGE_SLACK)):
+            assert not needless(need, goal - granted)
+            assert (need > goal - granted - 1).all(), "nor for less"
+
+
+def test_without_the_slack_roundings_disagree() -> None:
+    """The row that an H200 gave 55 columns, not 54: 0.6 of 7495 are 4497, of which 439 are kept anyway."""
+    apart, fused = needs(np.array([7495.0]), np.array([439.0]), 0.6)
+    assert not needless(apart, np.array([4058.0])) and needless(fused, np.array([4058.0]))
+    for need in needs(np.array([45.0]), np.array([0.0]), 0.6):
+        assert needless(need, np.array([27.0])), "float32's 0.6 is too large"
+
+
+@pytest.mark.parametrize("columns", [45, 16385])
+def test_an_exact_share_of_equal_scores(columns: int) -> None:
+    """In registers and by radix search."""
+    scores, share = torch.ones(1, 1, 1, columns, device=DEVICE), 0.6 * (1 - COVERAGE_SLACK)
+    _, counts = coverage_columns(scores, share, columns, None, 0, 0, columns, columns, SMALL)
+    assert counts.item() == columns * 6 // 10

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from chipmunk_kernels.delta.policies import names as policy_names
-from tuner.workload import Bar, Workload, WorkloadError, load_workload, names
+from tuner.workload import Bar, LabelledProblem, Workload, WorkloadError, load_workload, names
 
 EXPECTED = [
     "flux-dev",
@@ -85,12 +86,14 @@ def test_bars_are_for_a_backend_or_for_the_best(tmp_path: Path) -> None:
         tmp_path,
         f"label: a, {SHAPE}, bar: {{speedup: {{triton: 10.8, cupy_hopper: 13}}}}",
         f"label: b, {SHAPE}, bar: {{time_of_dense: 0.03, dense: a}}",
+        f"label: c, {SHAPE}, bar: {{speedup: 4, also: [a, b]}}",
         SHAPE,
         head="limits: {extra_mib: 64, launch_us: 15}",
     )
-    a, b, plain = workload.problems
+    a, b, c, plain = workload.problems
     assert a.bars == (Bar("speedup", 10.8, "triton"), Bar("speedup", 13.0, "cupy_hopper"))
     assert b.bars == (Bar("time_of_dense", 0.03, None, "a"),) and plain.bars == ()
+    assert c.bars == (Bar("speedup", 4.0, also=("a", "b")),)
     assert a.bars[0].met_by(10.8) and not a.bars[0].met_by(10.7)
     assert b.bars[0].met_by(0.03) and not b.bars[0].met_by(0.031)
     assert dict(workload.limits) == {"extra_mib": 64.0, "launch_us": 15.0}
@@ -108,6 +111,8 @@ def test_options_say_how_an_operation_is_called(tmp_path: Path) -> None:
         ("bar: {sped: 2}", "expected one of speedup"),
         ("bar: {speedup: {cuda: 2}}", "expected backends among"),
         ("bar: {speedup: 2, dense: nobody}", "no problem is labelled 'nobody'"),
+        ("bar: {speedup: 2, also: [nobody]}", "no problem is labelled 'nobody'"),
+        ("bar: {speedup: 2, also: nobody}", "expected a list of labels"),
         ("options: {per_group: 1}", "for sparse_attention"),
     ],
 )
@@ -118,15 +123,23 @@ def test_a_bar_or_option_that_means_nothing_is_refused(tmp_path: Path, extra: st
         loaded(tmp_path, SHAPE, head="limits: {seconds: 3}")
 
 
+def labelled(label: str) -> LabelledProblem:
+    return next(item for item in load_workload("h200").problems if item.label == label)
+
+
 def bars(label: str) -> set[tuple[str, float, str | None]]:
-    found = next(item for item in load_workload("h200").problems if item.label == label)
-    return {(bar.measure, bar.value, bar.backend) for bar in found.bars}
+    return {(bar.measure, bar.value, bar.backend) for bar in labelled(label).bars}
 
 
 def test_the_h200_must_reach_what_was_set() -> None:
-    for label in ("Hunyuan 118656, 93 % sparse", "Hunyuan 119056, 93 % sparse"):
-        assert bars(label) == {("speedup", 13.0, "cupy_hopper"), ("speedup", 10.8, "triton")}
-    assert bars("Wan 75600, 90 % sparse") == {("speedup", 9.0, "cupy_hopper"), ("speedup", 7.6, "triton")}
+    videos = [
+        ("Hunyuan 118656", 93, 13.0, 10.8),
+        ("Hunyuan 119056", 93, 13.0, 10.8),
+        ("Wan 75600", 90, 9.0, 7.6),
+    ]
+    for name, percent, hopper, triton in videos:
+        assert bars(f"{name}, {percent} % sparse") == {("speedup", hopper, "cupy_hopper")}
+        assert bars(f"{name} by 128, {percent} % sparse") == {("speedup", triton, "triton")}
     for rows in (4352, 4480):
         assert bars(f"FLUX {rows}, 83.5 % sparse") == {("speedup", 4.0, None)}
         assert bars(f"FLUX {rows}, 93 % sparse") == {("speedup", 7.5, None)}
@@ -135,6 +148,18 @@ def test_the_h200_must_reach_what_was_set() -> None:
         assert bars(f"FLUX MLP, {percent} % sparse") == {("speedup", value, None)}
     assert bars("video MLP, 70 % sparse") == {("speedup", 3.0, None)}
     assert bars("Hunyuan selection, 5 % + 1 % random + text") == {("time_of_dense", 0.03, None)}
+
+
+def test_other_group_sizes_are_of_the_same_shape() -> None:
+    problems = load_workload("h200").problems
+    pairs = [(item, labelled(label)) for item in problems for bar in item.bars for label in bar.also]
+    named = [
+        (labelled(item.label.replace(" by 128", "")), item) for item in problems if " by 128" in item.label
+    ]
+    assert len(pairs) == 4 and len(named) == 3
+    for one, other in pairs + named:
+        assert one.problem.group_size != other.problem.group_size
+        assert replace(other.problem, group_size=one.problem.group_size) == one.problem
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,12 @@ constexpr int B_BYTES = WIDE * ROW_BYTES;
 constexpr int B_TILE_BYTES = DEPTH * ROW_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int ACCUMULATORS = WIDTH / 2;
-// An epilogue pass covers 64 rows of 128 bytes of a cache, staged in shared memory in one of two buffers.
+// An epilogue pass covers 64 rows of 128 bytes of a cache, staged in shared memory in one of two buffers. Each warp
+// stages what its own accumulators meet, so that no warp waits for another from pass to pass.
 constexpr int PASS_ROWS = 64;
 constexpr int PASS_BYTES = PASS_ROWS * ROW_BYTES;
 constexpr int PASS_LOADS = PASS_ROWS / ROWS_AT_ONCE;
+constexpr int WARP_ROWS = 16;
 constexpr int UP_PASSES = WIDTH / PASS_ROWS;
 constexpr int OUTPUT_BYTES = FLOAT_OUTPUT ? 4 : 2;
 constexpr int OUTPUT_PASS = ROW_BYTES / OUTPUT_BYTES;
@@ -464,7 +466,8 @@ __device__ __forceinline__ float gelu_tanh(float x) {
     return x * reciprocal_fast(1.0f + exp2_fast(x * (SCALE + SCALE * 0.044715f * x * x)));
 }
 
-// The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each.
+// The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each; a warp's 16 tokens are
+// two chunks of every row.
 struct UpEpilogue {
     const Problem& p;
     const Tile& tile;
@@ -475,8 +478,14 @@ struct UpEpilogue {
     __device__ __forceinline__ UpEpilogue(const Problem& p, const Tile& tile, const Part& part, unsigned char* staging)
         : p(p), tile(tile), part(part), staging(staging), first_slot(tile.block * WIDE + part.column) {}
 
+    __device__ __forceinline__ int chunk() const { return part.warp * 2 + part.lane % 2; }
+    // Of 16: even rows and odd ones by turns of four, since a row and the next swap the places of two chunks.
+    __device__ __forceinline__ int row() const {
+        const int pair = part.lane / 2;
+        return (pair & 8) | (pair & 3) << 1 | (pair >> 2 & 1);
+    }
     __device__ __forceinline__ int slot(int pass, int i) const {
-        return first_slot + pass * PASS_ROWS + part.thread / CHUNKS + i * ROWS_AT_ONCE;
+        return first_slot + pass * PASS_ROWS + row() + i * WARP_ROWS;
     }
     // The neuron in a slot, or -1 past the last. Volatile: loads that the compiler moved ahead of a pass would take
     // the registers that the sums leave.
@@ -484,15 +493,14 @@ struct UpEpilogue {
         return slot < tile.count ? load_constant(p.indices + static_cast<index_t>(tile.row) * p.capacity + slot) : -1;
     }
     __device__ __forceinline__ int existing() const {
-        return tile.tokens - part.token - part.thread % CHUNKS * CHUNK_ELEMENTS;
+        return tile.tokens - part.token - chunk() * CHUNK_ELEMENTS;
     }
     __device__ __forceinline__ Element* entries(int neuron) const {
         return p.cache + tile.batch * p.cache_b + neuron * p.cache_f + tile.first + part.token +
-               part.thread % CHUNKS * CHUNK_ELEMENTS;
+               chunk() * CHUNK_ELEMENTS;
     }
     __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
-        return staging + pass % 2 * PASS_BYTES + swizzled(part.thread / CHUNKS, part.thread % CHUNKS) +
-               i * ROWS_AT_ONCE * ROW_BYTES;
+        return staging + pass % 2 * PASS_BYTES + swizzled(row(), chunk()) + i * WARP_ROWS * ROW_BYTES;
     }
     // Whether all threads have only whole chunks.
     __device__ __forceinline__ bool plain() const { return p.cache_aligned && tile.tokens >= part.token + 64; }
@@ -586,7 +594,7 @@ __device__ __forceinline__ void add_out(Word* target, const unsigned char* sourc
     }
 }
 
-// The output cache's 64 rows (tokens), 128 bytes of each a pass.
+// The output cache's 64 rows (tokens), 128 bytes of each a pass; 16 rows are a warp's.
 struct DownEpilogue {
 #if FLOAT_OUTPUT
     typedef float Word;
@@ -599,9 +607,11 @@ struct DownEpilogue {
     const Part& part;
     unsigned char* staging;
 
-    __device__ __forceinline__ int row(int i) const { return part.thread / CHUNKS + i * ROWS_AT_ONCE; }
+    __device__ __forceinline__ int row(int i) const {
+        return part.warp * WARP_ROWS + part.lane / CHUNKS + i * (WARP / CHUNKS);
+    }
     __device__ __forceinline__ int column(int pass) const {
-        return tile.block * WIDE + part.column + pass * OUTPUT_PASS + part.thread % CHUNKS * WORDS;
+        return tile.block * WIDE + part.column + pass * OUTPUT_PASS + part.lane % CHUNKS * WORDS;
     }
     __device__ __forceinline__ int existing(int pass, int i) const {
         return part.token + row(i) < tile.tokens ? p.width_out - column(pass) : 0;
@@ -611,8 +621,7 @@ struct DownEpilogue {
                (tile.first + part.token + row(i)) * p.output_m + column(pass);
     }
     __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
-        return staging + pass % 2 * PASS_BYTES + swizzled(row(0), part.thread % CHUNKS) +
-               i * ROWS_AT_ONCE * ROW_BYTES;
+        return staging + pass % 2 * PASS_BYTES + swizzled(row(i), part.lane % CHUNKS);
     }
     __device__ __forceinline__ void read(int pass) const {
 #pragma unroll
@@ -676,7 +685,8 @@ struct DownEpilogue {
     }
 };
 
-// Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read.
+// Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read; the
+// two kinds of tiles share the staging out in different ways, so a tile begins with one.
 __device__ __forceinline__ void consume_up(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
     constexpr int EARLY = UP_PASSES < 2 ? UP_PASSES : 2, BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
@@ -697,6 +707,7 @@ __device__ __forceinline__ void consume_up(
     multiply_steps<0>(sum, shared, at, part, 0, early);
 #pragma unroll
     for (int i = 0; i < BIASES; ++i) values[i] = biased[i] >= 0 ? __ldg(p.b1 + biased[i]) : 0;
+    part.sync();
 #pragma unroll
     for (int pass = 0; pass < EARLY; ++pass) {
 #pragma unroll
@@ -710,15 +721,14 @@ __device__ __forceinline__ void consume_up(
 #pragma unroll
     for (int i = 0; i < BIASES; ++i)
         if (part.thread + i * WARPGROUP < WIDTH) bias[part.thread + i * WARPGROUP] = values[i];
+    part.sync();
 #pragma unroll
     for (int pass = 0; pass < UP_PASSES; ++pass) {
         if (pass + 1 < UP_PASSES) copies_wait<1>();
         else copies_wait<0>();
-        part.sync();
+        __syncwarp();
         epilogue.change(sum, bias, pass);
-        // Bulk copies will read the delta.
-        if (pass == UP_PASSES - 1) fence_async_proxy_global();
-        part.sync();
+        __syncwarp();
         epilogue.write(pass, neurons[pass]);
         if (pass + 2 < UP_PASSES) {
 #pragma unroll
@@ -726,7 +736,9 @@ __device__ __forceinline__ void consume_up(
             copies_commit();
         }
     }
-    // The last `sync` came after every write to the packed delta.
+    // All of the delta is written, and bulk copies will read it.
+    fence_async_proxy_global();
+    part.sync();
     if (part.thread == 0) announce(p.ready(tile.row, tile.part));
 }
 
@@ -738,6 +750,7 @@ __device__ __forceinline__ void consume_down(
     const int early = ADD_IN_L2 ? 0 : min(STEPS_BEFORE_PREFETCH, steps);
     if (!ADD_IN_L2) {
         multiply_steps<1>(sum, shared, at, part, 0, early);
+        part.sync();
 #pragma unroll
         for (int pass = 0; pass < 2; ++pass) {
             if (pass < DOWN_PASSES) epilogue.read(pass);
@@ -755,7 +768,7 @@ __device__ __forceinline__ void consume_down(
 #pragma unroll
     for (int pass = 0; pass < DOWN_PASSES; ++pass) {
         epilogue.change(sum, pass);
-        part.sync();
+        __syncwarp();
         epilogue.add(pass);
     }
 #else
@@ -763,9 +776,9 @@ __device__ __forceinline__ void consume_down(
     for (int pass = 0; pass < DOWN_PASSES; ++pass) {
         if (pass + 1 < DOWN_PASSES) copies_wait<1>();
         else copies_wait<0>();
-        part.sync();
+        __syncwarp();
         epilogue.change(sum, pass);
-        part.sync();
+        __syncwarp();
         epilogue.write(pass);
         if (pass + 2 < DOWN_PASSES) {
             epilogue.read(pass + 2);

@@ -8,8 +8,9 @@
 //
 // Blocks are persistent and walk the row tiles with heads outermost, so that those in flight share one head's
 // keys and values in the L2 cache; the last few tiles, less than a round, are cut by warpgroups (`Place`). The
-// fetching warpgroup runs ahead into the next row tile, so its first loads hide behind the last products and the
-// epilogue of the one before.
+// fetching warpgroup runs ahead into the next row tile, as far as the stages go, so its first loads hide behind
+// the last products and the epilogue of the one before. For that it must wait for nothing but stages: each
+// computing warpgroup brings its own queries, and has the L2 cache fetch what its output is added to.
 //
 // Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
 // BLOCKS (that share a multiprocessor).
@@ -76,8 +77,8 @@ struct Place {
             pair = tile / others;
             rest = tile - pair * others;
         }
-        const int group = rest / shape.tiles;
-        b = pair / shape.heads;
+        const int group = shape.tiles == 1 ? rest : rest / shape.tiles;
+        b = shape.pairs == shape.heads ? 0 : pair / shape.heads;
         h = pair - b * shape.heads;
         list = pair * shape.groups + group;
         first = group * shape.group_size + (rest - group * shape.tiles) * ROWS + part * WARPGROUP_ROWS;
@@ -89,6 +90,14 @@ struct Place {
         return first < limit ? load_constant(counts + list) : 0;
     }
 };
+
+// The block's unit after this one. The first blocks of a launch are the slowest (by 1.5 us of 42 on an H200), so
+// the units beyond the last whole round are dealt out from the last block on.
+__device__ __forceinline__ int unit_after(const Shape& shape, int unit) {
+    const int next = unit + gridDim.x;
+    if (unit < shape.whole && next >= shape.whole) return shape.whole + gridDim.x - 1 - blockIdx.x;
+    return next;
+}
 
 // A ring of stages: where it stands, and the parity of this round.
 struct Ring {
@@ -118,8 +127,6 @@ struct Shared {
     __device__ __forceinline__ unsigned keys_empty(int stage) const { return barrier(1, stage); }
     __device__ __forceinline__ unsigned values_full(int stage) const { return barrier(2, stage); }
     __device__ __forceinline__ unsigned values_empty(int stage) const { return barrier(3, stage); }
-    __device__ __forceinline__ unsigned queries_full() const { return barrier(4, 0); }
-    __device__ __forceinline__ unsigned queries_empty() const { return barrier(4, 0) + 8; }
 
     __device__ __forceinline__ void initialise() const {
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -128,8 +135,6 @@ struct Shared {
             barrier_init(keys_empty(stage), CONSUMERS * WARPS);
             barrier_init(values_empty(stage), CONSUMERS * WARPS);
         }
-        barrier_init(queries_full(), WARPGROUP);
-        barrier_init(queries_empty(), CONSUMERS * WARPS);
         fence_barrier_init();
     }
 };
@@ -176,44 +181,27 @@ __device__ __forceinline__ void gather(
         }
 #pragma unroll
         for (int i = 0; i < AHEAD && start + i < PASSES; ++i)
-            copy_16(target + (start + i) * ROWS_AT_ONCE * ROW_BYTES, address[i]);
+            copy_16_prefetch_128(target + (start + i) * ROWS_AT_ONCE * ROW_BYTES, address[i]);
     }
     barrier_arrive_after_copies(barrier);
-}
-
-// The query rows of a tile; those past the limit repeat the last, their results are not stored. Once a row
-// tile, so rolled up: unrolled, its addresses would take the registers of the gathers around it.
-__device__ __forceinline__ void fetch_queries(
-    unsigned target, const char* q, int stride, int row, int last, unsigned barrier) {
-#pragma unroll 1
-    for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-#pragma unroll 2
-        for (int at = 0; at < WARPGROUP_ROWS; at += ROWS_AT_ONCE, row += ROWS_AT_ONCE)
-            copy_16(target + at * ROW_BYTES, row_at(q, min(row, last), stride));
-        target += HALVES * QUERY_TILE_BYTES;
-    }
-    barrier_arrive_after_copies(barrier);
-}
-
-// Has the L2 cache fetch a unit's rows of a tensor, which may be none: what the output will be added to, for
-// which the epilogue waits with nothing else to do, and the next queries, whose place is free only late.
-__device__ __forceinline__ void prefetch_rows(
-    const char* tensor, long long b_bytes, long long h_bytes, int n_bytes, const Place& place) {
-    if (!tensor) return;
-    constexpr int SECTORS = WIDTH * 2 / SECTOR_BYTES;
-    const char* rows =
-        tensor + place.b * b_bytes + place.h * h_bytes + thread_number() % SECTORS * SECTOR_BYTES;
-#pragma unroll 1
-    for (int at = place.first + thread_number() / SECTORS; at < place.limit; at += WARPGROUP / SECTORS)
-        prefetch_sector(row_at(rows, at, n_bytes));
 }
 
 struct Inputs {
-    const char *q, *k, *v, *base;
+    const char *k, *v;
     const int *indices, *counts;
-    long long q_b, q_h, k_b, k_h, v_b, v_h, base_b, base_h;
-    int q_n, k_n, v_n, base_n;
+    long long k_b, k_h, v_b, v_h;
+    int k_n, v_n;
 };
+
+// Brings a unit's list nearer, since each read of it is waited for one tile later, too soon for memory: its beginning
+// to L1, by a load whose value nobody uses, the rest to L2.
+__device__ __forceinline__ void prefetch_list(const Inputs& in, const Shape& shape, const Place& place) {
+    constexpr int ENTRIES_AT_ONCE = SECTOR_BYTES / 4;
+    const int* list = in.indices + place.list * shape.capacity;
+    int slot = threadIdx.x * ENTRIES_AT_ONCE;
+    if (slot < shape.capacity) load_constant(list + slot);
+    while ((slot += WARPGROUP * ENTRIES_AT_ONCE) < shape.capacity) prefetch_sector(list + slot);
+}
 
 __device__ __forceinline__ Columns columns_of(const Inputs& in, const Shape& shape, const Place& place) {
     return Columns(in.indices + place.list * shape.capacity, place.count(in.counts));
@@ -236,40 +224,40 @@ __device__ __forceinline__ Columns first_columns(
 
 __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, const Shared& shared) {
     const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
-    const int place_in_tile = swizzled(row, chunk % 8);
-    const unsigned target = chunk / 8 * COLUMN_TILE_BYTES + place_in_tile;
-    const unsigned query_target = shared.queries + chunk / 8 * QUERY_TILE_BYTES + place_in_tile;
+    const unsigned target = chunk / 8 * COLUMN_TILE_BYTES + swizzled(row, chunk % 8);
 
     Ring keys, values;
-    int queries_parity = 0;
     int upcoming[ENTRIES], current[ENTRIES], held[ENTRIES];
     int unit = blockIdx.x;
+    prefetch_list(in, shape, Place(shape, unit));
     Columns columns = first_columns(in, shape, Place(shape, unit), upcoming, chunk, row);
 
     while (unit < shape.units) {
         const Place place(shape, unit);
-        const int next = unit + gridDim.x;
-        const Columns following = columns_of(in, shape, Place(shape, min(next, shape.units - 1)));
+        const int next = unit_after(shape, unit);
+        const Place next_place(shape, min(next, shape.units - 1));
+        const Columns following = columns_of(in, shape, next_place);
+        prefetch_list(in, shape, next_place);
         const char* k = in.k + place.b * in.k_b + place.h * in.k_h + chunk * 16;
         const char* v = in.v + place.b * in.v_b + place.h * in.v_h + chunk * 16;
 
         // Keys run one tile ahead of values, as the products do; list entries one ahead of the keys.
         for (int t = 0; t <= columns.tiles; ++t) {
-            const bool more = t < columns.tiles;
 #pragma unroll
             for (int e = 0; e < ENTRIES; ++e) {
                 held[e] = current[e];
                 current[e] = upcoming[e];
             }
-            if (more) {
-                if (t + 1 < columns.tiles) columns.read(upcoming, t + 1, chunk, row);
+            if (t + 1 < columns.tiles)
+                columns.read(upcoming, t + 1, chunk, row);
+            else if ((t + 1 == columns.tiles || columns.tiles == 0) && following.count > 0)
+                following.read(upcoming, 0, chunk, row);
+            if (t < columns.tiles) {
                 barrier_wait(shared.keys_empty(keys.stage), keys.parity ^ 1);
                 gather(
                     shared.keys + keys.stage * STAGE_BYTES + target, k, in.k_n, current,
                     shared.keys_full(keys.stage));
                 keys.advance();
-            } else if (following.count > 0) {
-                following.read(upcoming, 0, chunk, row);
             }
             if (t > 0) {
                 barrier_wait(shared.values_empty(values.stage), values.parity ^ 1);
@@ -277,16 +265,6 @@ __device__ __forceinline__ void fetch(const Inputs& in, const Shape& shape, cons
                     shared.values + values.stage * STAGE_BYTES + target, v, in.v_n, held,
                     shared.values_full(values.stage));
                 values.advance();
-                if (t == 1) {
-                    prefetch_rows(in.base, in.base_b, in.base_h, in.base_n, place);
-                    if (next < shape.units) prefetch_rows(in.q, in.q_b, in.q_h, in.q_n, Place(shape, next));
-                }
-            } else if (more) {
-                barrier_wait(shared.queries_empty(), queries_parity ^ 1);
-                const char* q = in.q + place.b * in.q_b + place.h * in.q_h + chunk * 16;
-                fetch_queries(
-                    query_target, q, in.q_n, place.first + row, place.limit - 1, shared.queries_full());
-                queries_parity ^= 1;
             }
         }
         columns = following;
@@ -407,6 +385,27 @@ __device__ __forceinline__ void multiply_values(Output& o, const Weights& p, Des
     products_commit();
 }
 
+struct Queries {
+    const char* q;
+    long long q_b, q_h;
+    int q_n;
+};
+
+// A warpgroup's rows of a unit, on their way to its part of the shared memory; those past the limit repeat the
+// last, their results are not stored.
+__device__ __forceinline__ void fetch_queries(
+    const Queries& from, const Place& place, const Shared& shared, int consumer) {
+    const int thread = thread_number() % WARPGROUP, chunk = thread % CHUNKS, row = thread / CHUNKS;
+    const char* q = from.q + place.b * from.q_b + place.h * from.q_h + chunk * 16;
+    const int first = place.first + consumer * WARPGROUP_ROWS + row, last = place.limit - 1;
+    const unsigned target = shared.queries + (consumer * HALVES + chunk / 8) * QUERY_TILE_BYTES +
+                            swizzled(row, chunk % 8);
+#pragma unroll 4
+    for (int at = 0; at < WARPGROUP_ROWS; at += ROWS_AT_ONCE)
+        copy_16(target + at * ROW_BYTES, row_at(q, min(first + at, last), from.q_n));
+    copies_commit();
+}
+
 struct Outputs {
     const char* base;
     char* out;
@@ -435,6 +434,20 @@ __device__ __forceinline__ void transpose_square(uint4& words, int lane) {
 // What the output is added to, for this thread's two rows.
 struct Onto {
     uint4 squares[2][SQUARES];
+
+    // Has the L2 cache fetch it: the epilogue waits for it with nothing else to do.
+    __device__ __forceinline__ static void prefetch(const Outputs& to, const Place& place, int row) {
+        if (!to.base) return;
+        constexpr int SHARE = WIDTH * 2 / 4;  // of a row, for each of the four lanes that have accumulators of it
+        const char* base = to.base + place.b * to.base_b + place.h * to.base_h + threadIdx.x % 4 * SHARE;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int at = place.first + row + 8 * r;
+#pragma unroll
+            for (int sector = 0; sector < SHARE; sector += SECTOR_BYTES)
+                if (at < place.limit) prefetch_sector(base + at * to.base_n + sector);
+        }
+    }
 
     __device__ __forceinline__ void load(const Outputs& to, const Place& place, int row) {
         const char* base = to.base + place.b * to.base_b + place.h * to.base_h + threadIdx.x % 4 * 16;
@@ -517,11 +530,7 @@ __device__ __forceinline__ void release_together(unsigned barrier, int lane) {
 }
 
 __device__ __forceinline__ void pass_by(
-    const Shared& shared, Ring& keys, Ring& values, int& queries_parity, int tiles, int consumer, int lane) {
-    if (tiles == 0) return;
-    barrier_wait(shared.queries_full(), queries_parity);
-    queries_parity ^= 1;
-    release_together(shared.queries_empty(), lane);
+    const Shared& shared, Ring& keys, Ring& values, int tiles, int consumer, int lane) {
     for (int t = 0; t < tiles; ++t) {
         barrier_wait(shared.keys_full(keys.stage), keys.parity);
         release_together(shared.keys_empty(keys.stage), lane);
@@ -536,13 +545,29 @@ __device__ __forceinline__ void pass_by(
     }
 }
 
-// Of the block's next unit. Several divisions: asked for while products run.
-__device__ __forceinline__ int count_after(const Shape& shape, int unit, const int* counts) {
-    return Place(shape, min(unit + static_cast<int>(gridDim.x), shape.units - 1)).count(counts);
+constexpr int FIRST_OWN = FIRST_TURN + CONSUMERS;  // barriers of one warpgroup
+
+// Turns to the block's next unit: its number of columns, and its queries on their way. The warpgroup's products
+// with those before are finished. Several divisions and loads: called while other products run.
+__device__ __forceinline__ void turn_to(
+    int unit, int& count, const Queries& from, const int* counts, const Shape& shape, const Shared& shared,
+    int consumer) {
+    if (unit >= shape.units) return;
+    const Place place(shape, unit);
+    count = place.count(counts);
+    named_sync(FIRST_OWN + consumer, WARPGROUP);
+    fetch_queries(from, place, shared, consumer);
+}
+
+__device__ __forceinline__ void await_queries(int consumer) {
+    copies_wait<0>();
+    fence_async_proxy();
+    named_sync(FIRST_OWN + consumer, WARPGROUP);
 }
 
 __device__ __forceinline__ void compute(
-    const int* counts, const Outputs& to, const Shape& shape, const Shared& shared, int consumer) {
+    const int* counts, const Queries& from, const Outputs& to, const Shape& shape, const Shared& shared,
+    int consumer) {
     const int lane = threadIdx.x % WARP;
     const int row = consumer * WARPGROUP_ROWS + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
     const Descriptor queries = once(k_major(shared.queries + consumer * HALVES * QUERY_TILE_BYTES));
@@ -551,17 +576,18 @@ __device__ __forceinline__ void compute(
     const float scale = once(to.scale_log2);
 
     Ring keys, values;
-    int queries_parity = 0;
-    int count = Place(shape, blockIdx.x).count(counts);
+    int count = 0;
+    turn_to(blockIdx.x, count, from, counts, shape, shared, consumer);
     if (PING_PONG && consumer == 0) named_arrive(FIRST_TURN, 2 * WARPGROUP);
 
-    for (int unit = blockIdx.x; unit < shape.units; unit += gridDim.x) {
+    for (int unit = blockIdx.x; unit < shape.units; unit = unit_after(shape, unit)) {
         const int tiles = (count + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
         const int head = count - (tiles - 1) * BLOCK_COLUMNS;
         const Place place(shape, unit);
         if (place.first + consumer * WARPGROUP_ROWS >= place.limit) {
-            count = count_after(shape, unit, counts);
-            pass_by(shared, keys, values, queries_parity, tiles, consumer, lane);
+            pass_by(shared, keys, values, tiles, consumer, lane);
+            await_queries(consumer);
+            turn_to(unit_after(shape, unit), count, from, counts, shape, shared, consumer);
             continue;
         }
         Output o;
@@ -575,12 +601,11 @@ __device__ __forceinline__ void compute(
         if (tiles > 0) {
             Logits s;
             Weights p;
-            barrier_wait(shared.queries_full(), queries_parity);
-            queries_parity ^= 1;
+            await_queries(consumer);
             await_tile(shared.keys_full(keys.stage), keys.parity);
             products_fence();
             multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
-            count = count_after(shape, unit, counts);
+            Onto::prefetch(to, place, row);
             products_wait<0>();
             pin(s);
             release(shared.keys_empty(keys.stage), lane);
@@ -625,18 +650,18 @@ __device__ __forceinline__ void compute(
                 }
                 pack_weights(p, s);
             }
-            release(shared.queries_empty(), lane);
-
             await_tile(shared.values_full(values.stage), values.parity);
             products_fence();
             multiply_values(o, p, further(all_values, values.stage * STAGE_BYTES));
             onto.load(to, place, row);
+            turn_to(unit_after(shape, unit), count, from, counts, shape, shared, consumer);
             products_wait<0>();
             pin(o);
             release(shared.values_empty(values.stage), lane);
             values.advance();
         } else {
-            count = count_after(shape, unit, counts);
+            await_queries(consumer);
+            turn_to(unit_after(shape, unit), count, from, counts, shape, shared, consumer);
             onto.load(to, place, row);
         }
         store(o, state, onto, to, shape, place, row);
@@ -671,27 +696,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
     if (threadIdx.x < WARPGROUP) {
         if constexpr (SHARE_REGISTERS) give_registers<FETCH_REGISTERS>();
         const Inputs in{
-            q,
-            k,
-            v,
-            base,
-            indices,
-            counts,
-            q_b,
-            q_h,
-            k_b,
-            k_h,
-            v_b,
-            v_h,
-            base_b,
-            base_h,
-            static_cast<int>(q_n),
-            static_cast<int>(k_n),
-            static_cast<int>(v_n),
-            static_cast<int>(base_n)};
+            k, v, indices, counts, k_b, k_h, v_b, v_h, static_cast<int>(k_n), static_cast<int>(v_n)};
         fetch(in, shape, shared);
     } else {
         if constexpr (SHARE_REGISTERS) take_registers<COMPUTE_REGISTERS>();
+        const Queries from{q, q_b, q_h, static_cast<int>(q_n)};
         const Outputs to{
             base,
             out,
@@ -704,6 +713,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sparse_attention(
             out_n,
             static_cast<float>(scale_log2),
             static_cast<float>(sign)};
-        compute(counts, to, shape, shared, __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0) - 1);
+        compute(counts, from, to, shape, shared, __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0) - 1);
     }
 }

@@ -103,7 +103,7 @@ def _idle(group_size: int, consumers: int) -> int:
 def shared_bytes(width: int, settings: SparseAttentionSettings) -> int:
     """Dynamic shared memory of a block: queries, stages of keys and of values, barriers."""
     rows = ROWS * settings.consumers + 2 * settings.stages * settings.block_columns
-    return rows * width * 2 + (4 * settings.stages + 2) * 8
+    return rows * width * 2 + 4 * settings.stages * 8
 
 
 def launch_registers(settings: SparseAttentionSettings) -> int:

@@ -24,12 +24,16 @@ HEADERS = (
     "of floor",
     "dense",
     "speedup",
+    "of copy: same size, large",
     "extra MiB",
     "launch us",
     "error/budget",
 )
 UNTRIED = ("missing", "left out")
-BAR_HEADERS = ("bar", "asked", "reached", "by", "met")
+BAR_HEADERS = ("bar", "asked", "reached", "by", "on", "met")
+LIMITED = {"extra_mib": ("triton", "cupy", "cupy_hopper"), "launch_us": ("cupy", "cupy_hopper")}
+"""Which backends each limit binds: memory all but torch, which trades it for products; launch cost those that
+launch through CuPy."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class Verdict:
     """A bar and what reached it.
 
     Attributes:
-        label: of the problem.
+        label: of the problem that has the bar.
         asked: the bar in words.
-        reached: the best measured value, None where there is none.
+        reached: the best measured value, None where there is none; of a limit the worst.
         by: whose kernel that was, or why there is none.
         met: whether the bar is.
+        problem: label of the problem that it was measured on; empty where nothing was.
     """
 
     label: str
@@ -49,6 +54,7 @@ class Verdict:
     reached: float | None
     by: str
     met: bool
+    problem: str = ""
 
 
 class Report:
@@ -97,28 +103,30 @@ class Report:
         return share is not None and share > self._margin
 
     def verdicts(self) -> list[Verdict]:
-        """Every bar of every problem, then the limits, each with its worst kernel."""
+        """Every bar of every problem, then the limits, each with every backend's worst kernel."""
         found = [self._verdict(item, bar) for item in self.items for bar in item.bars]
         return [*found, *self._limits()]
 
     def _verdict(self, item: LabelledProblem, bar: Bar) -> Verdict:
         asked = f"{bar.measure} {MEASURES[bar.measure]} {bar.value:g}"
         asked += f" by {bar.backend}" if bar.backend else ""
-        rows = [row for row in self.rows if row.item == item and bar.backend in (None, row.backend)]
+        asked += f" here or on {'; '.join(bar.also)}" if bar.also else ""
+        labels = (item.label, *bar.also)
+        rows = [row for row in self.rows if row.item.label in labels and bar.backend in (None, row.backend)]
         values = [(value, row) for row in rows if (value := self.value(bar, row)) is not None]
         if not values:
             reasons = [f"{row.backend}: {row.reason or row.status}" for row in rows if row.time is None]
             return Verdict(item.label, asked, None, "; ".join(reasons) or "not measured", False)
         best = max if MEASURES[bar.measure] == "at least" else min
         value, row = best(values, key=lambda pair: pair[0])
-        return Verdict(item.label, asked, value, row.backend, bar.met_by(value))
+        return Verdict(item.label, asked, value, row.backend, bar.met_by(value), row.item.label)
 
     def value(self, bar: Bar, row: Row) -> float | None:
         """What a row reached of the bar's measure; None where that cannot be told."""
         if row.time is None or self.impossible(row):
             return None
         if bar.measure == "share_of_copy":
-            return self._bandwidth_gbs(row) / self.ceilings.bandwidth_gbs
+            return None if row.share_of_copy is None else row.share_of_copy.median
         if bar.dense is None:
             assert row.speedup is not None
             return row.speedup.median if bar.measure == "speedup" else 1 / row.speedup.median
@@ -129,24 +137,22 @@ class Report:
         return ratio if bar.measure == "speedup" else 1 / ratio
 
     def _limits(self) -> list[Verdict]:
-        """Memory binds every kernel but the torch backend's, which trades it for products; launch cost binds
-        those launched through CuPy."""
-        bound = {
-            "extra_mib": ("triton", "cupy", "cupy_hopper"),
-            "launch_us": ("cupy", "cupy_hopper"),
-        }
         found = []
         for name, most in self.limits.items():
-            values = [
-                (value, row)
-                for row in self.rows
-                if row.backend in bound[name] and (value := getattr(row, name)) is not None
-            ]
-            if values:
-                value, row = max(values, key=lambda pair: pair[0])
-                by = f"{row.backend}, {row.item.label}"
-                found.append(Verdict("every kernel", f"{name} at most {most:g}", value, by, value <= most))
+            for backend in LIMITED[name]:
+                rows = [row for row in self.rows if row.backend == backend]
+                values = [(value, row) for row in rows if (value := getattr(row, name)) is not None]
+                if values:
+                    value, row = max(values, key=lambda pair: pair[0])
+                    asked, met = f"{name} at most {most:g}", value <= most
+                    found.append(Verdict("every kernel", asked, value, backend, met, row.item.label))
         return found
+
+    def _share_of_large_copy(self, row: Row) -> float | None:
+        """Compulsory bytes a second over those of the copy that measured the ceiling, of far more bytes."""
+        if row.copy is None:
+            return None
+        return self._bandwidth_gbs(row) / self.ceilings.bandwidth_gbs
 
     def _bandwidth_gbs(self, row: Row) -> float:
         assert row.time is not None
@@ -165,7 +171,12 @@ class Report:
         if row.time is None:
             return [row.item.label, row.backend, row.status, *[""] * (len(HEADERS) - 3)]
         share = self.floor_share(row) or 0.0
-        speedup, check = row.speedup, row.check
+        speedup, check, same, large = (
+            row.speedup,
+            row.check,
+            row.share_of_copy,
+            self._share_of_large_copy(row),
+        )
         assert speedup is not None and row.dense is not None and check is not None
         return [
             row.item.label,
@@ -175,6 +186,7 @@ class Report:
             "impossible" if self.impossible(row) else f"{100 * share:.0f} %",
             duration(row.dense.median),
             f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})",
+            f"{100 * same.median:.0f} %, {100 * large:.0f} %" if same and large else "",
             _number(row.extra_mib),
             _number(row.launch_us),
             f"{check.error / check.budget:.2f}" if check.budget else f"{check.error:.0f}",
@@ -234,6 +246,9 @@ class Report:
             "tflops": significant(problem.flops / row.time.median / 1e9, 4) if row.time else None,
             "gbs": significant(self._bandwidth_gbs(row), 4) if row.time else None,
             "share_of_floor": share and significant(share, 3),
+            "same_size_copy": row.copy and row.copy.as_dict("ms"),
+            "share_of_same_size_copy": row.share_of_copy and row.share_of_copy.as_dict(),
+            "share_of_large_copy": (large := self._share_of_large_copy(row)) and significant(large, 3),
             "correctness": row.check and asdict(row.check),
             "extra_mib": row.extra_mib,
             "launch_us": row.launch_us and significant(row.launch_us, 3),
@@ -247,7 +262,7 @@ def _number(value: float | None) -> str:
 def _bar_cells(verdict: Verdict) -> tuple[str, ...]:
     reached = "-" if verdict.reached is None else f"{verdict.reached:.3g}"
     by = verdict.by if len(verdict.by) <= 60 else verdict.by[:57] + "..."
-    return verdict.label, verdict.asked, reached, by, "yes" if verdict.met else "NO"
+    return verdict.label, verdict.asked, reached, by, verdict.problem, "yes" if verdict.met else "NO"
 
 
 def _few(labels: list[str]) -> str:

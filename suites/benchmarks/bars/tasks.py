@@ -21,7 +21,7 @@ from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings
 from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
 from suites.benchmarks.bench import make_timer
-from tuner.baselines import ATTENTION, CROSSED, Baseline, Survey, survey
+from tuner.baselines import ATTENTION, CROSSED, Baseline, Survey, survey, work_of
 from tuner.hardware import detect
 from tuner.measure import Timer, TimingPolicy, interleave
 from tuner.measure import measure as measure_baseline
@@ -32,6 +32,9 @@ from tuner.workload import LabelledProblem
 
 DENSE = "dense"
 """The name of the baseline among the backends: a task with it times nothing else."""
+COPY = "copy"
+MOVES = ("gather_columns", "scatter_columns")
+"""Operations that a plain copy is timed beside."""
 SCREENING = TimingPolicy(warm_up_s=0.02, min_samples=2, max_samples=7, max_seconds=0.1)
 FAR_BEHIND = 1.5
 """A baseline that much slower in a first sample is out: over a video, a second one takes half a second."""
@@ -78,6 +81,8 @@ class Row:
         dense_name: which baseline that was.
         dense_failed: baselines that could not run, and why.
         speedup: dense over kernel, by rounds.
+        copy: of a plain copy of as many bytes in the same rounds, in ms; only beside what moves columns.
+        share_of_copy: copy over kernel, by rounds.
         check: the worst error against float64 at full size.
         extra_mib: memory of a call beyond inputs and results; None where it cannot be told.
         launch_us: host time of one launch; None where nothing is launched.
@@ -94,6 +99,8 @@ class Row:
     dense_name: str = ""
     dense_failed: dict[str, str] = field(default_factory=dict)
     speedup: Interval | None = None
+    copy: Interval | None = None
+    share_of_copy: Interval | None = None
     check: Check | None = None
     extra_mib: float | None = None
     launch_us: float | None = None
@@ -142,6 +149,8 @@ def measure(task: Task) -> Row:
     if not check.ok:
         return Row(task.item, task.backend, "wrong", check.explain(), settings.as_dict(), tuned, check=check)
     works[task.backend] = KernelWork(subject.case, kernel, settings)
+    if subject.copy is not None:
+        works[COPY] = subject.copy
     samples, _ = interleave(works, subject.timer, max_seconds=task.max_seconds, warm_up_s=WARM_UP_S)
     return Row(
         task.item,
@@ -153,6 +162,8 @@ def measure(task: Task) -> Row:
         dense_name=dense_name,
         dense_failed=failed,
         speedup=paired_ratio(samples[DENSE], samples[task.backend]),
+        copy=median_interval(samples[COPY]) if COPY in samples else None,
+        share_of_copy=paired_ratio(samples[COPY], samples[task.backend]) if COPY in samples else None,
         check=check,
         extra_mib=extra_mib(subject.case, kernel, settings),
         launch_us=launch_us(subject.case, kernel, settings),
@@ -161,12 +172,13 @@ def measure(task: Task) -> Row:
 
 @dataclass(frozen=True, eq=False)
 class _Subject:
-    """A problem in hand: inputs, groups to compare, dense baselines and the fastest of them."""
+    """A problem in hand: inputs, groups to compare, dense baselines and the fastest of them, a plain copy."""
 
     case: Case
     sampled: Sampled
     survey: Survey
     baseline: Baseline
+    copy: Baseline | None
     timer: Timer
 
 
@@ -178,7 +190,23 @@ def _subject(problem: Problem, options: Options, device: str, seed: int, compile
     found = survey(case, compiled=compiled, only=_fastest_known.get(shape))
     baseline = _fastest(found.found, timer)
     _fastest_known[shape] = baseline.name
-    return _Subject(case, Sampled(case, seed), found, baseline, timer)
+    return _Subject(case, Sampled(case, seed), found, baseline, plain_copy(case), timer)
+
+
+def plain_copy(case: Case) -> Baseline | None:
+    """`Tensor.copy_` of as many bytes as the problem must move, half of them read, half written.
+
+    Of the problem's own size: FLUX's gathers move 57 MB in some 19 us on an H200. Starting and draining are a
+    part of that which the far larger copy behind the measured ceiling does not feel.
+    """
+    problem = case.problem
+    if problem.operation not in MOVES:
+        return None
+    dtype = getattr(torch, problem.dtype)
+    elements = max(1, round(work_of(problem, case.options).bytes / (2 * dtype.itemsize)))
+    source = torch.randn(elements, dtype=dtype, device=case.device)
+    target = torch.empty_like(source)
+    return Baseline("Tensor.copy_", lambda: target.copy_(source))
 
 
 _fastest_known: dict[Hashable, str] = {}
