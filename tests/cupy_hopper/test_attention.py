@@ -50,7 +50,8 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, blocks: int, seed: in
     """Launches go to the host, `blocks` at a time."""
     emulator = FewBlocks(folder, blocks, seed)
     monkeypatch.setattr(kernel, "load", emulator.load)
-    monkeypatch.setattr(kernel, "launch", emulator.launch)
+    monkeypatch.setattr(kernel, "prepared", emulator.prepared)
+    kernel._plan.cache_clear()
     monkeypatch.setattr(
         kernel,
         "_kernel",
@@ -132,6 +133,32 @@ def test_rows_that_start_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch)
     columns = scattered_columns(1, 2, 100, 100, 64)
     got = run(kernel.sparse_attention, q, k, v, columns, q.float(), 1, 0.1, SparseAttentionSettings(1, 48, 2))
     check_sparse(got, q, k, v, columns, q, 1, 0.1)
+
+
+@needs_compiler
+def test_calls_that_differ_take_turns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of one kernel: other addresses, with a base and without, other scales, signs and strides."""
+    install(monkeypatch, folder, blocks=2)
+    settings = SparseAttentionSettings(1, 48, 2)
+    columns = scattered_columns(1, 2, 100, 200, 64)
+    for strided in (False, True, False):
+        for seed in (1, 2):
+            q, k, v = attention_inputs(1, 2, 100, 200, 64, dtype=BF16, strided=strided, seed=seed)
+            for base, sign, scale in ((None, 1, 0.1), (q, -1, 0.1), (None, -1, 0.2), (k[:, :, :100], 1, 0.2)):
+                got = run(kernel.sparse_attention, q, k, v, columns, base, sign, scale, settings)
+                check_sparse(got, q, k, v, columns, base, sign, scale)
+    assert kernel._plan.cache_info().misses == 8
+    assert kernel._plan.cache_info().hits == 16
+
+
+@needs_compiler
+def test_copies_keep_the_order_of_the_queries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, folder, blocks=2)
+    q, k, v = (randn(1, 100, 2, 70, dtype=BF16, seed=i).transpose(1, 2)[..., 3:67] for i in range(3))
+    columns = scattered_columns(1, 2, 100, 100, 64)
+    got = run(kernel.sparse_attention, q, k, v, columns, None, 1, 0.1, SparseAttentionSettings(1, 48, 2))
+    check_sparse(got, q, k, v, columns, None, 1, 0.1)
+    assert got[0].stride() == (12800, 64, 128, 1)
 
 
 def problem(group_size: int, width: int = 128) -> Problem:

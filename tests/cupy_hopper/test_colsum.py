@@ -89,7 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _on_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = AttentionEmulator(folder, 0)
     monkeypatch.setattr(hopper, "load", emulator.load)
-    monkeypatch.setattr(hopper, "launch", emulator.launch)
+    monkeypatch.setattr(hopper, "prepared", emulator.prepared)
+    hopper._plan.cache_clear()
     monkeypatch.setattr(tensor_maps, "_encode", host_map)
     tensor_maps._map.cache_clear()
     hopper._kernel.cache_clear()
@@ -205,11 +206,35 @@ def test_dense_logits_that_outgrow_the_first_tile(dtype: torch.dtype) -> None:
     check_dense(q, k, v, None, DenseAttentionSettings())
 
 
+def test_calls_that_differ_take_turns() -> None:
+    """Plans of one kernel: other addresses, key lengths, scales and group sizes."""
+    lengths = torch.tensor([50], dtype=torch.int32)
+    for _ in range(2):
+        for seed in (1, 2):
+            q, k, v = attention_inputs(1, 1, 70, 90, 64, dtype=torch.bfloat16, seed=seed)
+            check_colsum(q, k, v, 64, settings=NARROW)
+            check_colsum(q, k, v, 64, 33, settings=NARROW)
+            check_colsum(q, k, v, 64, lengths, 0.2, settings=NARROW)
+            check_colsum(q, k, v, 60, 33, settings=NARROW)
+    assert hopper._plan.cache_info().misses == 4
+
+
+def test_nothing_to_attend_to() -> None:
+    q, k, v = attention_inputs(1, 2, 70, 90, 64, dtype=torch.bfloat16)
+    check_colsum(q, k[:, :, :0], v[:, :, :0], 64, settings=NARROW)
+    none = q[:, :, :0]
+    out, lse, mass = hopper.colsum_attention(none, k, v, torch.zeros(1, 2, 0), 64, None, 0.1, NARROW)
+    assert out.shape == none.shape
+    assert lse.shape == (1, 2, 0)
+    assert mass.shape == (1, 2, 0, 90)
+
+
 def same_bits(call: Callable[[], tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     first = call()
     for seed in (1, 2):
         emulator = AttentionEmulator(folder, 0, seed)
-        monkeypatch.setattr(hopper, "launch", emulator.launch)
+        monkeypatch.setattr(hopper, "prepared", emulator.prepared)
+        hopper._plan.cache_clear()
         assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
 
 

@@ -55,7 +55,7 @@ def emulating(emulator: Emulator) -> Iterator[None]:
     mlp._plan.cache_clear()
     with pytest.MonkeyPatch.context() as patch, poisoned_memory():
         patch.setattr(mlp, "load", emulator.load)
-        patch.setattr(mlp, "launch", emulator.launch)
+        patch.setattr(mlp, "prepared", emulator.prepared)
         patch.setattr(tensor_maps, "_encode", host_map)
         patch.setattr(mlp, "_multiprocessors", lambda device: emulator.blocks)
         patch.setattr(mlp, "_counters", lambda count, device: used.setdefault(count, zeros(count)))
@@ -183,6 +183,30 @@ def test_strided_caches_keep_what_is_not_theirs(folder: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
+def test_caches_that_begin_elsewhere_with_the_same_strides(folder: Path) -> None:
+    """One shape, one set of strides: still other plans, for 16-byte stores need aligned rows."""
+    inputs = mlp_inputs(1, 150, 40, 200, 64, 128, dtype=BF16)
+    with emulating(Emulator(folder, 2)):
+        for shift in (0, 1, 8):
+            activations = torch.zeros(1, 200, 168, dtype=BF16)[..., shift : 150 + shift]
+            output = torch.zeros(1, 150, 80, dtype=BF16)[..., shift : 64 + shift]
+            activations.copy_(inputs.activation_cache)
+            output.copy_(inputs.output_cache)
+            call(inputs, activations, output)
+            check(inputs, (activations, output))
+        assert mlp._plan.cache_info().misses == 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_batch_that_shares_its_tokens_is_copied(folder: Path) -> None:
+    inputs = mlp_inputs(2, 150, 40, 200, 64, 128, dtype=BF16)
+    inputs = dataclasses.replace(inputs, x=inputs.x[:1].expand_as(inputs.x))
+    check(inputs, emulated(Emulator(folder, 2), inputs, SMALL))
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_any_order_gives_the_same_bits(folder: Path) -> None:
     """Bands of one group and a lead of one: the ring of three groups is reused by every later one."""
     inputs = mlp_inputs(2, 900, 32, 200, 160, 128, 0.7, dtype=BF16)
@@ -245,7 +269,7 @@ def test_the_emulator_sees_a_deadlock(
 
 def test_counters_are_kept_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: dict[int, tuple[int, int, int]] = {}
-    stream, device = SimpleNamespace(cuda_stream=7), torch.device("cuda:0")
+    streams, device = [7], torch.device("cuda:0")
 
     def clear(address: int, value: int, size: int, on: int) -> None:
         cleared[address] = (value, size, on)
@@ -256,14 +280,14 @@ def test_counters_are_kept_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: streams[index], raising=False)
     mlp._own_counters.cache_clear()
     try:
         first = mlp._counters(62, device)
         assert first == mlp._counters(40, device) == mlp._counters(64, device)
         assert cleared == {first: (0, 64 * 4, 7)}
         assert mlp._counters(65, device) != first
-        stream.cuda_stream = 8
+        streams[0] = 8
         assert mlp._counters(62, device) != first
         assert sorted(cleared.values()) == [(0, 256, 7), (0, 256, 8), (0, 512, 7)]
     finally:

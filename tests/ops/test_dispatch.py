@@ -226,8 +226,40 @@ def test_asking_again_costs_microseconds() -> None:
 @pytest.mark.gpu
 def test_a_gpu_runs_the_first_backend_of_its_order_that_can() -> None:
     device = torch.device("cuda")
-    able = [name for name in dispatch.DEFAULT_ORDER["cuda"] if registry.unavailable(name, device) is None]
+    order = dispatch.DEFAULT_ORDER[dispatch._kind(device)]
+    able = [name for name in order if registry.unavailable(name, device) is None]
     assert dispatch.select(PROBLEM, device, profile=Profile.empty())[0].backend == able[0]
+
+
+def test_hopper_without_cupy_says_so_once_and_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Hopper GPU is asked, and answers, without one."""
+    reasons = {"cupy_hopper": "cupy is not installed", "triton": None}
+    monkeypatch.setattr(dispatch, "_kind", lambda device: "hopper")
+    monkeypatch.setattr(registry, "unavailable", lambda name, device: reasons.get(name, "not here"))
+    with pytest.warns(
+        RuntimeWarning, match="using the triton backend on cuda: cupy_hopper cannot: cupy is not"
+    ):
+        assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "triton"
+    reasons["cupy_hopper"] = None
+    dispatch._select.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "cupy_hopper"
+        mean = Problem("group_mean", rows=8, columns=8, width=8)
+        assert dispatch.select(mean, "cuda", profile=Profile.empty())[0].backend == "triton"
+    reasons["cupy"] = None
+    selection = Problem("topk_columns", rows=8, columns=8, width=1)
+    assert dispatch.select(selection, "cuda", profile=Profile.empty())[0].backend == "cupy"
+
+
+@pytest.mark.parametrize(("capability", "kind"), [((9, 0), "hopper"), ((8, 0), "cuda"), ((10, 0), "cuda")])
+def test_the_kind_of_a_device(
+    capability: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch._kind.__wrapped__(torch.device("cuda:0")) == kind
+    assert dispatch._kind.__wrapped__(CPU) == "cpu"
 
 
 def test_a_gpu_without_triton_falls_back_to_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

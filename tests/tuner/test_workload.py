@@ -144,9 +144,10 @@ def test_the_h200_must_reach_what_was_set() -> None:
         assert bars(f"FLUX {rows}, 83.5 % sparse") == {("speedup", 4.0, None)}
         assert bars(f"FLUX {rows}, 93 % sparse") == {("speedup", 7.5, None)}
     assert bars("Hunyuan 118656, column mass") == {("time_of_dense", 1.22, None)}
-    for percent, value in ((70, 2.75), (80, 3.7), (90, 6.2)):
-        assert bars(f"FLUX MLP, {percent} % sparse") == {("speedup", value, None)}
-    assert bars("video MLP, 70 % sparse") == {("speedup", 3.0, None)}
+    for kept, value in ((3584, 2.75), (2560, 3.7), (1280, 6.2)):
+        assert bars(f"FLUX MLP, {kept} of 12288 kept") == {("speedup", value, None)}
+        assert labelled(f"FLUX MLP, {kept} of 12288 kept").problem.kept_columns == kept
+    assert bars("video MLP, 3584 of 12288 kept") == {("speedup", 3.0, None)}
     assert bars("Hunyuan selection, 5 % + 1 % random + text") == {("time_of_dense", 0.03, None)}
 
 

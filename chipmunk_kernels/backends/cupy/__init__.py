@@ -17,7 +17,7 @@ import torch
 from chipmunk_kernels.registry import Kernel
 
 OLDEST_CAPABILITY = (8, 0)
-FILES = ("gather", "mlp", "sparse_attention")
+FILES = ("gather", "mlp", "select", "sparse_attention")
 """The files with kernels."""
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.cupy.module import Source, launch, load
-from chipmunk_kernels.backends.cupy.vectors import KINDS, VECTOR_BYTES, common_bytes, whole_vectors
+from chipmunk_kernels.backends.cupy.module import Source, load, prepared
+from chipmunk_kernels.backends.cupy.vectors import KINDS, VECTOR_BYTES, vector_bytes, whole_vectors
 from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.layout import maker
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -146,6 +148,83 @@ def source(dtype: torch.dtype, rows: int, alignment: Alignment, settings: Sparse
     )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the launches take besides addresses.
+
+    Attributes:
+        launches: up and down, for some groups after the other.
+        new_packed: gives memory for the packed delta of some groups.
+        readable: whether rows of x and both weights begin at multiples of 16 bytes, if they do.
+    """
+
+    launches: tuple[tuple[Callable[..., None], Callable[..., None]], ...]
+    new_packed: Callable[[], Tensor]
+    readable: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    settings: SparseMlpSettings,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    width_out: int,
+    lists: tuple[int, ...],
+    group_size: int,
+    activations_start: int,
+    output_start: int,
+    *strides: tuple[int, ...],
+) -> Plan | None:
+    """One lookup a call. None: there is nothing to do.
+
+    Args:
+        shape: of x.
+        lists: shape of the columns' indices.
+        activations_start, output_start: bytes from a multiple of 16 to the beginning of each cache.
+        strides: of x, w1, w2 and both caches.
+    """
+    batch, tokens, width = shape
+    _, _, groups, capacity = lists
+    if batch * groups * capacity * tokens * width_out == 0:
+        return None
+    x, w1, w2, activations, output = (each[:-1] for each in strides)
+    rows = min(group_size, tokens)
+    alignment = Alignment(
+        vector_bytes(activations_start, dtype.itemsize, *activations, group_size),
+        vector_bytes(output_start, output_dtype.itemsize, *output),
+        output_dtype.itemsize,
+    )
+    up_kernel, down_kernel = _kernels(dtype, rows, alignment, settings, device)
+    up, down = _tiles(rows, settings)
+    up_blocks, up_tiles = -(-capacity // up.rows), -(-rows // up.columns)
+    down_blocks, down_tiles = -(-width_out // down.columns), -(-rows // down.rows)
+    pitch = -(-group_size // 8) * 8
+    at_once = min(max(1, SCRATCH_BYTES // (batch * capacity * pitch * 2)), groups)
+    launches = []
+    for first in range(0, groups, at_once):
+        some = min(at_once, groups - first)
+        launch_up = prepared(
+            up_kernel, device, batch * some * up_blocks * up_tiles, up.threads,
+            first, some, groups, capacity, group_size, pitch, tokens, width, up_blocks, up_tiles,
+            *x, *w1, *activations,
+            shared_bytes=up.shared_bytes,
+        )  # fmt: skip
+        launch_down = prepared(
+            down_kernel, device, batch * some * down_blocks * down_tiles, down.threads,
+            first, some, groups, capacity, group_size, pitch, tokens, width_out, down_blocks, down_tiles,
+            *w2, *output,
+            shared_bytes=down.shared_bytes,
+        )  # fmt: skip
+        launches.append((launch_up, launch_down))
+    return Plan(
+        launches=tuple(launches),
+        new_packed=maker((batch * at_once * capacity * pitch,), dtype, device),
+        readable=vector_bytes(0, dtype.itemsize, *x, *w1, *w2) == VECTOR_BYTES,
+    )
+
+
 def sparse_mlp(
     x: Tensor,
     w1: Tensor,
@@ -169,40 +248,29 @@ def sparse_mlp(
     """
     if activation != "gelu_tanh":
         raise ValueError(f"activation: the cupy backend computes 'gelu_tanh', got {activation!r}")
-    batch, tokens, width = x.shape
-    groups, capacity, group_size = columns.groups, columns.capacity, columns.group_size
-    width_out = w2_by_neuron.shape[1]
-    if batch * groups * capacity * tokens * width_out == 0:
+    indices, device = columns.indices, x.device
+    x_start, w1_start, w2_start = x.data_ptr(), w1.data_ptr(), w2_by_neuron.data_ptr()
+    activations, output = activation_cache.data_ptr(), output_cache.data_ptr()
+    plan = _plan(
+        settings, x.dtype, output_cache.dtype, device,
+        x.shape, w2_by_neuron.shape[1], indices.shape, columns.group_size,
+        activations % VECTOR_BYTES, output % VECTOR_BYTES,
+        x.stride(), w1.stride(), w2_by_neuron.stride(), activation_cache.stride(), output_cache.stride(),
+    )  # fmt: skip
+    if plan is None:
         return
-    x, w1, w2_by_neuron = whole_vectors(x), whole_vectors(w1), whole_vectors(w2_by_neuron)
-    indices, counts = columns.indices.contiguous(), columns.counts.contiguous()
-    rows = min(group_size, tokens)
-    alignment = Alignment(
-        common_bytes(activation_cache, group_size), common_bytes(output_cache), output_cache.element_size()
-    )
-    up_kernel, down_kernel = _kernels(x.dtype, rows, alignment, settings, x.device)
-    up, down = _tiles(rows, settings)
-    up_blocks, up_tiles = -(-capacity // up.rows), -(-rows // up.columns)
-    down_blocks, down_tiles = -(-width_out // down.columns), -(-rows // down.rows)
-    pitch = -(-group_size // 8) * 8
-    at_once = max(1, SCRATCH_BYTES // (batch * capacity * pitch * 2))
-    packed = torch.empty(batch * min(at_once, groups) * capacity * pitch, dtype=x.dtype, device=x.device)
-    for first in range(0, groups, at_once):
-        some = min(at_once, groups - first)
-        launch(
-            up_kernel, x.device, batch * some * up_blocks * up_tiles, up.threads,
-            x, w1, b1, indices, counts, activation_cache, packed,
-            first, some, groups, capacity, group_size, pitch, tokens, width, up_blocks, up_tiles,
-            *x.stride()[:2], w1.stride(0), *activation_cache.stride()[:2],
-            shared_bytes=up.shared_bytes,
-        )  # fmt: skip
-        launch(
-            down_kernel, x.device, batch * some * down_blocks * down_tiles, down.threads,
-            packed, w2_by_neuron, indices, counts, output_cache,
-            first, some, groups, capacity, group_size, pitch, tokens, width_out, down_blocks, down_tiles,
-            w2_by_neuron.stride(0), *output_cache.stride()[:2],
-            shared_bytes=down.shared_bytes,
-        )  # fmt: skip
+    if not plan.readable or (x_start | w1_start | w2_start) % VECTOR_BYTES:
+        x, w1, w2_by_neuron = whole_vectors(x), whole_vectors(w1), whole_vectors(w2_by_neuron)
+        return sparse_mlp(
+            x, w1, b1, w2_by_neuron, columns, activation_cache, output_cache, activation, settings
+        )
+    indices, counts = indices.contiguous(), columns.counts.contiguous()  # copies must outlive the launches
+    indices_start, counts_start = indices.data_ptr(), counts.data_ptr()
+    packed = plan.new_packed()
+    bias, delta = 0 if b1 is None else b1.data_ptr(), packed.data_ptr()
+    for up, down in plan.launches:
+        up(x_start, w1_start, bias, indices_start, counts_start, activations, delta)
+        down(delta, w2_start, indices_start, counts_start, output)
 
 
 @functools.cache
@@ -219,7 +287,7 @@ def _tiles(rows: int, settings: SparseMlpSettings) -> tuple[Tile, Tile]:
 def _kernels(
     dtype: torch.dtype, rows: int, alignment: Alignment, settings: SparseMlpSettings, device: torch.device
 ) -> tuple[Any, Any]:
-    """The two kernels: one lookup for each call."""
+    """The two kernels."""
     code = source(dtype, rows, alignment, settings)
     up, down = _tiles(rows, settings)
     return (

@@ -2,10 +2,10 @@
 
 A `Source` names a .cu file beside this one and its compile-time parameters, which reach the code as macros,
 so that every tile size is a constant there. `load` compiles it for the device's own architecture and keeps
-the kernel for the process; `launch`, from `launching.py`, runs it. RawModule by itself compiles for plain
-architectures only, and the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the name with
-an "a" alone: so NVRTC is called here, the binary kept in CuPy's cache folder, and RawModule loads it from
-there.
+the kernel for the process; `launch` and `prepared`, from `launching.py`, run it. RawModule by itself compiles
+for plain architectures only, and the fastest instructions of sm_90 and later (wgmma, tcgen05) exist under the
+name with an "a" alone: so NVRTC is called here, the binary kept in CuPy's cache folder, and RawModule loads
+it from there.
 
 The sources include no header but their neighbours, whose text is put in their place: a CuPy that came from
 pip finds NVRTC, but often no CUDA toolkit.
@@ -25,6 +25,7 @@ import torch
 
 from chipmunk_kernels.backends.cupy.launching import Kernel
 from chipmunk_kernels.backends.cupy.launching import launch as launch
+from chipmunk_kernels.backends.cupy.launching import prepared as prepared
 from chipmunk_kernels.registry import BuildError
 
 FOLDER = Path(__file__).parent

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.cupy.module import Source, launch, load
-from chipmunk_kernels.backends.cupy.vectors import KINDS, whole_vectors
+from chipmunk_kernels.backends.cupy.module import Source, load, prepared
+from chipmunk_kernels.backends.cupy.vectors import KINDS, VECTOR_BYTES, common_bytes, vector_bytes
 from chipmunk_kernels.columns import ColumnSet
-from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.layout import empty_like_queries, maker, strides_like_queries
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -86,6 +87,56 @@ def source(dtype: torch.dtype, width: int, block_m: int, settings: SparseAttenti
     )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a launch takes besides addresses.
+
+    Attributes:
+        launch: of the kernel, with all arguments but tensors.
+        new_out, new_lse: give tensors for the results.
+        readable: whether rows begin at multiples of 16 bytes, if the tensors do.
+    """
+
+    launch: Callable[..., None]
+    new_out: Callable[[], Tensor]
+    new_lse: Callable[[], Tensor]
+    readable: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    settings: SparseAttentionSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    lists: tuple[int, ...],
+    group_size: int,
+    scale: float,
+    sign: int,
+    *strides: tuple[int, ...] | None,
+) -> Plan:
+    """What follows from shapes and strides (of q, k, v and base): one lookup a call."""
+    assert strides[0] is not None
+    batch, heads, rows, width = shape
+    _, _, groups, capacity = lists
+    kernel, block_m, threads, shared = _kernel(dtype, width, group_size, settings, device)
+    tiles = -(-group_size // block_m)
+    out_strides = strides_like_queries(shape, strides[0])
+    steps = [(each or (0, 0, 0, 1))[:3] for each in (*strides, out_strides)]
+    launch = prepared(
+        kernel, device, batch * heads * groups * tiles, threads,
+        heads, rows, groups, capacity, group_size, tiles, *(step for each in steps for step in each),
+        scale * LOG2E, float(sign),
+        shared_bytes=shared,
+    )  # fmt: skip
+    return Plan(
+        launch=launch,
+        new_out=maker(shape, dtype, device, out_strides),
+        new_lse=maker((batch, heads, rows), torch.float32, device),
+        readable=all(vector_bytes(0, dtype.itemsize, *each) == VECTOR_BYTES for each in steps),
+    )
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -110,34 +161,37 @@ def sparse_attention(
         out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32. A group that keeps
         nothing gives its base, or zeros, and lse = −∞.
     """
-    batch, heads, rows, width = q.shape
-    out = empty_like_queries(q)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     if scale < 0:
         q, scale = -q, -scale  # the maximum is taken before scaling
-    q, k, v = whole_vectors(q), whole_vectors(k), whole_vectors(v)
-    base_strides: tuple[int, ...] = (0, 0, 0)
-    if base is not None:
-        base = whole_vectors(base)
-        base_strides = base.stride()[:3]
-    kernel, block_m, threads, shared = _kernel(q.dtype, width, columns.group_size, settings, q.device)
-    tiles = -(-columns.group_size // block_m)
-    launch(
-        kernel, q.device, batch * heads * columns.groups * tiles, threads,
-        q, k, v, columns.indices.contiguous(), columns.counts.contiguous(), base, out, lse,
-        heads, rows, columns.groups, columns.capacity, columns.group_size, tiles,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base_strides, *out.stride()[:3],
-        scale * LOG2E, float(sign),
-        shared_bytes=shared,
+    shape, device, indices = q.shape, q.device, columns.indices
+    plan = _plan(
+        settings, q.dtype, device, shape, indices.shape, columns.group_size, scale, sign,
+        q.stride(), k.stride(), v.stride(), None if base is None else base.stride(),
+    )  # fmt: skip
+    q_start, k_start, v_start = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    base_start = 0 if base is None else base.data_ptr()
+    if not plan.readable or (q_start | k_start | v_start | base_start) % VECTOR_BYTES:
+        base = None if base is None else _aligned(base)
+        return sparse_attention(_aligned(q), _aligned(k), _aligned(v), columns, base, sign, scale, settings)
+    indices, counts = indices.contiguous(), columns.counts.contiguous()  # copies must outlive the launch
+    out, lse = plan.new_out(), plan.new_lse()
+    plan.launch(
+        q_start, k_start, v_start, indices.data_ptr(), counts.data_ptr(), base_start,
+        out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     return out, lse
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` itself if each of its rows begins at a multiple of 16 bytes, else a copy in its order."""
+    return x if common_bytes(x) == VECTOR_BYTES else empty_like_queries(x).copy_(x)
 
 
 @functools.cache
 def _kernel(
     dtype: torch.dtype, width: int, group_size: int, settings: SparseAttentionSettings, device: torch.device
 ) -> tuple[Any, int, int, int]:
-    """The kernel, its rows and threads a block, and its shared memory: one lookup for each call."""
+    """The kernel, its rows and threads a block, and its shared memory."""
     block_m = block_rows(settings.block_m, group_size)
     shared = shared_bytes(width, block_m, settings)
     kernel = load(source(dtype, width, block_m, settings), "sparse_attention", device, shared)

@@ -22,7 +22,12 @@ def whole_vectors(x: Tensor) -> Tensor:
 
 def common_bytes(x: Tensor, *steps: int) -> int:
     """The widest vector, at most 16 bytes, that rows of `x` and offsets of `steps` in them start at."""
-    item, bits = x.element_size(), x.data_ptr() | VECTOR_BYTES
-    for step in (*x.stride()[:-1], *steps):
+    return vector_bytes(x.data_ptr(), x.element_size(), *x.stride()[:-1], *steps)
+
+
+def vector_bytes(address: int, item: int, *steps: int) -> int:
+    """The widest vector, at most 16 bytes, that `address` and steps of `item` bytes are multiples of."""
+    bits = address | VECTOR_BYTES
+    for step in steps:
         bits |= step * item
-    return bits & -bits  # the lowest bit set: every launch asks, and a gcd takes twice as long
+    return bits & -bits  # the lowest bit set: a gcd takes twice as long

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.backends.cupy.module import Source, load, prepared
 from chipmunk_kernels.backends.cupy_hopper import FOLDER
-from chipmunk_kernels.backends.cupy_hopper.tensor_maps import with_map
+from chipmunk_kernels.backends.cupy_hopper.tensor_maps import Layout, mappable, maps_of
 from chipmunk_kernels.columns import group_count
-from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.layout import maker, strides_like_queries
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -24,7 +25,8 @@ WIDTHS = (64, 128)
 WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # that a Hopper block can have
-_ARGUMENTS = struct.Struct("<5Q3q6if36x")  # of the kernel, after its three tensor maps
+# Of the kernel's argument, after its three tensor maps: what changes from call to call, and what does not.
+_ADDRESSES, _NUMBERS = struct.Struct("<5Q"), struct.Struct("<3q6if36x")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,73 @@ def unsupported(dtype: torch.dtype, width: int) -> str | None:
     return None
 
 
+class Cut(Protocol):
+    """Settings that a kernel's shape follows from."""
+
+    def shape(self, group_size: int) -> Shape: ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call takes besides addresses.
+
+    Attributes:
+        launch: of the kernel; None if there are no rows.
+        maps: of q, k and v, by their addresses.
+        numbers: the end of the kernel's argument.
+        new_out, new_lse, new_mass: give tensors for the results.
+    """
+
+    launch: Callable[..., None] | None
+    maps: Callable[..., bytes | None]
+    numbers: bytes
+    new_out: Callable[[], Tensor]
+    new_lse: Callable[[], Tensor]
+    new_mass: Callable[[], Tensor]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    settings: Cut,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    keys_shape: tuple[int, ...],
+    group_size: int,
+    key_length: int | None,
+    scale: float,
+    *strides: tuple[int, ...],
+) -> Plan:
+    """What follows from the shapes of q and k and the strides of q, k and v: one lookup a call."""
+    cut = settings.shape(group_size)
+    (batch, heads, rows, width), columns = shape, keys_shape[2]
+    groups = group_count(rows, group_size)
+    keys = columns if key_length is None else max(0, min(int(key_length), columns))
+    blocks = batch * heads * -(-groups // (cut.consumers // cut.span))
+    queries = Layout(dtype, shape, strides[0], rows, WARPGROUP_ROWS)
+    taken = [Layout(dtype, keys_shape, each, keys, cut.block_n) if keys else None for each in strides[1:]]
+    out_strides = strides_like_queries(shape, strides[0])
+    return Plan(
+        launch=_launch(dtype, width, cut, device, blocks) if blocks else None,
+        maps=maps_of(queries, *taken),
+        numbers=_NUMBERS.pack(
+            *out_strides[:3], heads, rows, keys, columns, groups, group_size, scale * LOG2E
+        ),
+        new_out=maker(shape, dtype, device, out_strides),
+        new_lse=maker((batch, heads, rows), torch.float32, device),
+        new_mass=maker((batch, heads, groups, columns), torch.float32, device),
+    )
+
+
+def _launch(
+    dtype: torch.dtype, width: int, cut: Shape, device: torch.device, blocks: int
+) -> Callable[..., None]:
+    kernel, threads = _kernel(dtype, width, cut, device), (cut.consumers + 1) * WARPGROUP_THREADS
+    return prepared(kernel, device, blocks, threads, shared_bytes=cut.shared_bytes(width))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -130,35 +199,33 @@ def attend(
     group_size: int,
     key_length: int | Tensor | None,
     scale: float,
-    shape: Shape,
+    settings: Cut,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the kernel; `lse_prev` is given exactly where `shape` says mass. Returns out, lse and mass."""
+    """Run the kernel; `lse_prev` is given exactly where its shape says mass. Returns out, lse and mass."""
     if scale <= 0:  # the kernel takes maxima before it scales
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    batch, heads, rows, width = q.shape
-    columns, groups, device = k.shape[2], group_count(rows, group_size), q.device
-    lengths = key_length.to(torch.int32).contiguous() if isinstance(key_length, Tensor) else None
-    keys = columns if lengths is not None or key_length is None else max(0, min(int(key_length), columns))
-    out = empty_like_queries(q)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-    mass = previous = None
+    lengths = None
+    if isinstance(key_length, Tensor):
+        lengths, key_length = key_length.to(torch.int32).contiguous(), None
+    plan = _plan(
+        settings, q.dtype, q.device, q.shape, k.shape, group_size, key_length, scale,
+        q.stride(), k.stride(), v.stride(),
+    )  # fmt: skip
+    out, lse, mass, previous = plan.new_out(), plan.new_lse(), None, None
     if lse_prev is not None:
-        mass = torch.empty((batch, heads, groups, columns), dtype=torch.float32, device=device)
-        previous = lse_prev.contiguous()
-    blocks = batch * heads * -(-groups // (shape.consumers // shape.span))
-    if blocks:
-        q, q_map = with_map(q, rows, WARPGROUP_ROWS)
-        k_map = v_map = q_map  # nothing reads through those of no keys, but a map of nothing does not exist
-        if keys:
-            k, k_map = with_map(k, keys, shape.block_n)
-            v, v_map = with_map(v, keys, shape.block_n)
-        arguments = q_map + k_map + v_map + _ARGUMENTS.pack(
-            _address(previous), _address(lengths), out.data_ptr(), lse.data_ptr(), _address(mass),
-            *out.stride()[:3], heads, rows, keys, columns, groups, group_size, scale * LOG2E,
-        )  # fmt: skip
-        kernel, shared_bytes = _kernel(q.dtype, width, shape, device)
-        threads = (shape.consumers + 1) * WARPGROUP_THREADS
-        launch(kernel, device, blocks, threads, arguments, shared_bytes=shared_bytes)
+        mass, previous = plan.new_mass(), lse_prev.contiguous()
+    if plan.launch is None:
+        return out, lse, mass
+    maps = plan.maps(q.data_ptr(), k.data_ptr(), v.data_ptr())
+    if maps is None:
+        q, k, v = mappable(q), mappable(k), mappable(v)
+        length = key_length if lengths is None else lengths
+        return attend(q, k, v, lse_prev, group_size, length, scale, settings)
+    addresses = _ADDRESSES.pack(
+        0 if previous is None else previous.data_ptr(), 0 if lengths is None else lengths.data_ptr(),
+        out.data_ptr(), lse.data_ptr(), 0 if mass is None else mass.data_ptr(),
+    )  # fmt: skip
+    plan.launch(maps + addresses + plan.numbers)
     return out, lse, mass
 
 
@@ -186,21 +253,15 @@ def colsum_attention(
         out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32, mass `(B, H, G, Nk)`
         float32, zero from `key_length` on.
     """
-    shape = settings.shape(group_size)
-    out, lse, mass = attend(q, k, v, lse_prev, group_size, key_length, scale, shape)
+    out, lse, mass = attend(q, k, v, lse_prev, group_size, key_length, scale, settings)
     assert mass is not None
     return out, lse, mass
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, width: int, shape: Shape, device: torch.device) -> tuple[Any, int]:
-    """The kernel and the shared memory that it takes."""
-    shared_bytes = shape.shared_bytes(width)
-    return load(source(dtype, width, shape), "attention", device, shared_bytes), shared_bytes
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _kernel(dtype: torch.dtype, width: int, shape: Shape, device: torch.device) -> Any:
+    """Compiled once for all shapes of the inputs."""
+    return load(source(dtype, width, shape), "attention", device, shape.shared_bytes(width))
 
 
 KERNELS = (Kernel("colsum_attention", "cupy_hopper", colsum_attention, ColsumAttentionSettings, unsupported),)

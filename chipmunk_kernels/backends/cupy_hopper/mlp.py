@@ -9,16 +9,17 @@ enough that an up tile seldom waits for its place there.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.cupy.module import Source, launch, load
-from chipmunk_kernels.backends.cupy_hopper.tensor_maps import with_map
+from chipmunk_kernels.backends.cupy.module import Source, load, prepared
+from chipmunk_kernels.backends.cupy_hopper.tensor_maps import Layout, maps_of
 from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.layout import maker
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -59,7 +60,7 @@ class SparseMlpSettings(LaunchSettings):
     width_warpgroups: int = choice(1, 1, 2)
     width: int = choice(256, 128, 192, 256)
     stages: int = choice(4, 3, 4, 5, 6)
-    band: int = choice(16, 1, 2, 4, 8, 16, 32)
+    band: int = choice(10, 1, 2, 4, 10, 16, 32)
     lead_waves: int = choice(1, 1, 2, 3)
     adds_in_l2: int = choice(1, 0, 1)
 
@@ -119,30 +120,17 @@ class Plan:
     """What a launch needs beyond its tensors; one for each shape.
 
     Attributes:
-        kernel: compiled.
-        blocks, threads, shared_bytes: of the launch.
-        box_rows: tokens of a tile.
-        packed_elements: of the ring of packed deltas.
+        launch: of the kernel, with all arguments but tensors.
+        maps: of x, by its address.
+        new_packed: gives memory for the ring of packed deltas.
         counters: claimed tiles, blocks that are done, and for each part of each group, warpgroups that wrote
             its delta, and read it.
-        numbers: arguments of the launch that are the same for all tensors of these shapes.
-        schedule: of those, the band, the bands that up tiles run ahead, and the token groups (over the batch)
-            whose packed delta is kept at once.
-        activations_aligned, output_aligned: whether all rows of a cache begin at multiples of 16 bytes if it
-            does.
     """
 
-    kernel: Any
-    blocks: int
-    threads: int
-    shared_bytes: int
-    box_rows: int
-    packed_elements: int
+    launch: Callable[..., None]
+    maps: Callable[..., bytes | None]
+    new_packed: Callable[[], Tensor]
     counters: int
-    numbers: tuple[int, ...]
-    schedule: tuple[int, int, int]
-    activations_aligned: bool
-    output_aligned: bool
 
 
 def order(
@@ -170,15 +158,30 @@ def _plan(
     settings: SparseMlpSettings,
     dtype: torch.dtype,
     output_dtype: torch.dtype,
+    device: torch.device,
     shape: tuple[int, ...],
     width_out: int,
-    columns: tuple[int, int, int],
-    strides: tuple[tuple[int, ...], ...],
-    device: torch.device,
-) -> Plan:
-    """For x of `shape`, columns (groups, capacity, group size), strides of w1, w2 and both caches."""
+    lists: tuple[int, ...],
+    group_size: int,
+    factors_start: int,
+    activations_start: int,
+    output_start: int,
+    *strides: tuple[int, ...],
+) -> Plan | None:
+    """One lookup a call. None: there is nothing to do.
+
+    Args:
+        shape: of x.
+        lists: shape of the columns' indices.
+        factors_start, activations_start, output_start: nought if x and both weights, and each cache, begin at
+            a multiple of 16 bytes.
+        strides: of x, w1, w2 and both caches.
+    """
     batch, tokens, width = shape
-    groups, capacity, group_size = columns
+    _, _, groups, capacity = lists
+    if batch * tokens * width * groups * capacity * width_out == 0:
+        return None
+    _check_readable(width, width_out, strides[:3], dtype, factors_start == 0)
     rows, group_rows = batch * groups, min(group_size, tokens)
     settings = fitted(settings, group_rows)
     multiprocessors = _multiprocessors(device)
@@ -189,23 +192,24 @@ def _plan(
         settings.token_warpgroups * WARPGROUP_TOKENS,
     )
     shared = shared_bytes(settings)
-    w1, w2, activations, output = strides
-    return Plan(
-        kernel=load(source(dtype, output_dtype == torch.float32, settings), "sparse_mlp", device, shared),
-        blocks=multiprocessors,
-        threads=(warpgroups + 1) * WARPGROUP,
+    x, w1, w2, activations, output = strides
+    whole_activations = _whole_chunks(activations, dtype) and group_size % ALIGNED_ELEMENTS == 0
+    launch = prepared(
+        load(source(dtype, output_dtype == torch.float32, settings), "sparse_mlp", device, shared),
+        device, multiprocessors, (warpgroups + 1) * WARPGROUP,
+        rows, groups, capacity, group_size, tokens, width, width_out,
+        w1[0], w2[0], *activations[:2], *output[:2],
+        int(activations_start == 0 and whole_activations),
+        int(output_start == 0 and _whole_chunks(output, output_dtype)),
+        settings.band, lead, ring,
         shared_bytes=shared,
-        box_rows=box_rows,
-        packed_elements=ring * parts * up_blocks * wide * box_rows,
-        counters=2 + 2 * rows * parts,
-        numbers=(
-            rows, groups, capacity, group_size, tokens, width, width_out,
-            w1[0], w2[0], *activations[:2], *output[:2],
-        ),
-        schedule=(settings.band, lead, ring),
-        activations_aligned=_whole_chunks(activations, dtype) and group_size % ALIGNED_ELEMENTS == 0,
-        output_aligned=_whole_chunks(output, output_dtype),
     )  # fmt: skip
+    return Plan(
+        launch=launch,
+        maps=maps_of(Layout(dtype, (batch, 1, tokens, width), (x[0], 0, *x[1:]), tokens, box_rows)),
+        new_packed=maker((ring * parts * up_blocks * wide * box_rows,), dtype, device),
+        counters=2 + 2 * rows * parts,
+    )
 
 
 def sparse_mlp(
@@ -232,34 +236,29 @@ def sparse_mlp(
     if activation != "gelu_tanh":
         raise ValueError(f"activation: the cupy_hopper backend computes 'gelu_tanh', got {activation!r}")
     indices, device = columns.indices, x.device
-    width_out = w2_by_neuron.shape[1]
-    if indices.numel() * x.numel() * width_out == 0:
-        return
-    strides = x.stride(), w1.stride(), w2_by_neuron.stride()
-    aligned = (x.data_ptr() | w1.data_ptr() | w2_by_neuron.data_ptr()) % ALIGNED_BYTES == 0
-    if not (aligned and _readable(x.shape[-1], width_out, strides, x.dtype)):
-        raise ValueError(
-            "x, w1, w2_by_neuron: the cupy_hopper backend needs rows of whole 16 bytes (widths and "
-            f"strides that are multiples of {ALIGNED_ELEMENTS}, an aligned start); got widths {x.shape[-1]} "
-            f"and {width_out}, strides {strides}; use backend='triton'"
-        )
+    x_start, w1_start, w2_start = x.data_ptr(), w1.data_ptr(), w2_by_neuron.data_ptr()
+    activations, output = activation_cache.data_ptr(), output_cache.data_ptr()
     plan = _plan(
-        settings, x.dtype, output_cache.dtype, x.shape, width_out,
-        (columns.groups, columns.capacity, columns.group_size),
-        (*strides[1:], activation_cache.stride(), output_cache.stride()),
-        device,
+        settings, x.dtype, output_cache.dtype, device,
+        x.shape, w2_by_neuron.shape[1], indices.shape, columns.group_size,
+        (x_start | w1_start | w2_start) % ALIGNED_BYTES, activations % ALIGNED_BYTES, output % ALIGNED_BYTES,
+        x.stride(), w1.stride(), w2_by_neuron.stride(), activation_cache.stride(), output_cache.stride(),
     )  # fmt: skip
-    x, x_map = with_map(x.unsqueeze(1), x.shape[1], plan.box_rows)
-    packed = torch.empty(plan.packed_elements, dtype=x.dtype, device=device)
-    launch(
-        plan.kernel, device, plan.blocks, plan.threads,
-        x_map, w1, b1, w2_by_neuron, indices.contiguous(), columns.counts.contiguous(),
-        activation_cache, output_cache, packed, _counters(plan.counters, device),
-        *plan.numbers,
-        int(plan.activations_aligned and activation_cache.data_ptr() % ALIGNED_BYTES == 0),
-        int(plan.output_aligned and output_cache.data_ptr() % ALIGNED_BYTES == 0),
-        *plan.schedule,
-        shared_bytes=plan.shared_bytes,
+    if plan is None:
+        return
+    x_map = plan.maps(x_start)
+    if x_map is None:  # a batch that shares its memory
+        x = x.clone(memory_format=torch.contiguous_format)
+        return sparse_mlp(
+            x, w1, b1, w2_by_neuron, columns, activation_cache, output_cache, activation, settings
+        )
+    indices, counts = indices.contiguous(), columns.counts.contiguous()  # copies must outlive the launch
+    packed = plan.new_packed()
+    counters = _counters(plan.counters, device)
+    plan.launch(
+        x_map, w1_start, 0 if b1 is None else b1.data_ptr(), w2_start,
+        indices.data_ptr(), counts.data_ptr(), activations, output, packed.data_ptr(),
+        counters if isinstance(counters, int) else counters.data_ptr(),
     )  # fmt: skip
 
 
@@ -271,7 +270,7 @@ def _counters(count: int, device: torch.device) -> Tensor | int:
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     room = 1 << (count - 1).bit_length()  # few sizes, shared by all shapes
-    return _own_counters(room, device, torch.cuda.current_stream(device).cuda_stream)
+    return _own_counters(room, device, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 @functools.cache
@@ -299,11 +298,18 @@ def _whole_chunks(strides: tuple[int, ...], dtype: torch.dtype) -> bool:
     return all(step * dtype.itemsize % ALIGNED_BYTES == 0 for step in strides[:-1])
 
 
-@functools.lru_cache(maxsize=1024)
-def _readable(width: int, width_out: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> bool:
-    """Whether 16-byte loads can read all rows of x and both weights if they can read the first."""
+def _check_readable(
+    width: int, width_out: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, aligned: bool
+) -> None:
+    """Raise ValueError unless 16-byte loads can read all rows of x and both weights."""
     whole = width % ALIGNED_ELEMENTS == 0 and width_out % ALIGNED_ELEMENTS == 0
-    return whole and all(_whole_chunks(steps, dtype) for steps in strides)
+    if aligned and whole and all(_whole_chunks(steps, dtype) for steps in strides):
+        return
+    raise ValueError(
+        "x, w1, w2_by_neuron: the cupy_hopper backend needs rows of whole 16 bytes (widths and "
+        f"strides that are multiples of {ALIGNED_ELEMENTS}, an aligned start); got widths {width} "
+        f"and {width_out}, strides {strides}; use backend='triton'"
+    )
 
 
 def _unsupported(dtype: torch.dtype, width: int) -> str | None:

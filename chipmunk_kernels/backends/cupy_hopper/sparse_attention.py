@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.cupy.module import Source, launch, load
+from chipmunk_kernels.backends.cupy.module import Source, load, prepared
 from chipmunk_kernels.backends.cupy_hopper import FOLDER
 from chipmunk_kernels.columns import ColumnSet
-from chipmunk_kernels.layout import empty_like_queries
+from chipmunk_kernels.layout import empty_like_queries, maker, strides_like_queries
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings, choice
@@ -144,15 +145,18 @@ def source(dtype: torch.dtype, width: int, settings: SparseAttentionSettings) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch takes besides addresses."""
+    """What a launch takes besides addresses.
 
-    kernel: Any
-    blocks: int
-    threads: int
-    shared_bytes: int
-    out_strides: tuple[int, ...]
-    readable: bool  # whether rows are where 16-byte copies can fetch them, if the tensors start there
-    numbers: tuple[int | float, ...]  # the kernel's last arguments
+    Attributes:
+        launch: of the kernel, with all arguments but tensors.
+        new_out, new_lse: give tensors for the results.
+        readable: whether rows are where 16-byte copies can fetch them, if the tensors start there.
+    """
+
+    launch: Callable[..., None]
+    new_out: Callable[[], Tensor]
+    new_lse: Callable[[], Tensor]
+    readable: bool
 
 
 @functools.cache
@@ -173,11 +177,12 @@ def _plan(
     shape: tuple[int, ...],
     lists: tuple[int, ...],
     group_size: int,
-    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...] | None],
     scale: float,
     sign: int,
+    *strides: tuple[int, ...] | None,
 ) -> Plan:
     """What follows from shapes and strides (of q, k, v and base): one lookup a call."""
+    assert strides[0] is not None
     settings = settings.fitted(group_size)
     batch, heads, rows, width = shape
     _, _, groups, capacity = lists
@@ -185,20 +190,20 @@ def _plan(
     tiles = -(-group_size // (ROWS * settings.consumers))
     pairs, each = batch * heads, groups * tiles
     whole, units = share_out(pairs, each, rows, tiles, group_size, settings.consumers, most_blocks)
-    out_strides = empty_like_queries(torch.empty_strided(shape, strides[0], device="meta")).stride()
+    out_strides = strides_like_queries(shape, strides[0])
     steps = [_steps(each or (0, 0, 0, 1)) for each in (*strides, out_strides)]
-    return Plan(
-        kernel=kernel,
-        blocks=min(most_blocks, units),
-        threads=WARPGROUP * (settings.consumers + 1),
+    launch = prepared(
+        kernel, device, min(most_blocks, units), WARPGROUP * (settings.consumers + 1),
+        *(step for each in steps for step in each),
+        heads, rows, groups, capacity, group_size, tiles, pairs, whole, units,
+        scale * LOG2E, float(sign),
         shared_bytes=shared_bytes(width, settings),
-        out_strides=out_strides,
+    )  # fmt: skip
+    return Plan(
+        launch=launch,
+        new_out=maker(shape, dtype, device, out_strides),
+        new_lse=maker((batch, heads, rows), torch.float32, device),
         readable=all(_readable(each) for each in steps),
-        numbers=(
-            *(step for each in steps for step in each),
-            *(heads, rows, groups, capacity, group_size, tiles, pairs, whole, units),
-            *(scale * LOG2E, float(sign)),
-        ),
     )
 
 
@@ -257,18 +262,20 @@ def sparse_attention(
     if base is not None and base.dtype != dtype:
         base = base.to(dtype)
     indices = columns.indices
-    strides = (q.stride(), k.stride(), v.stride(), None if base is None else base.stride())
-    plan = _plan(settings, dtype, device, shape, indices.shape, columns.group_size, strides, scale, sign)
-    starts = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if base is None else base.data_ptr())
-    if not plan.readable or (starts[0] | starts[1] | starts[2] | starts[3]) % VECTOR_BYTES:
+    plan = _plan(
+        settings, q.dtype, device, shape, indices.shape, columns.group_size, scale, sign,
+        q.stride(), k.stride(), v.stride(), None if base is None else base.stride(),
+    )  # fmt: skip
+    q_start, k_start, v_start = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    base_start = 0 if base is None else base.data_ptr()
+    if not plan.readable or (q_start | k_start | v_start | base_start) % VECTOR_BYTES:
         base = None if base is None else _aligned(base)
         return sparse_attention(_aligned(q), _aligned(k), _aligned(v), columns, base, sign, scale, settings)
-    out = torch.empty_strided(shape, plan.out_strides, dtype=dtype, device=device)
-    lse = torch.empty(shape[:3], dtype=torch.float32, device=device)
-    launch(
-        plan.kernel, device, plan.blocks, plan.threads,
-        *starts[:3], indices.contiguous(), columns.counts.contiguous(), starts[3], out, lse, *plan.numbers,
-        shared_bytes=plan.shared_bytes,
+    indices, counts = indices.contiguous(), columns.counts.contiguous()  # copies must outlive the launch
+    out, lse = plan.new_out(), plan.new_lse()
+    plan.launch(
+        q_start, k_start, v_start, indices.data_ptr(), counts.data_ptr(), base_start,
+        out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     return out, lse
 
@@ -285,10 +292,10 @@ def _readable(steps: tuple[int, int, int]) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x` itself if each of its rows starts at a multiple of 16 bytes and within reach, else a copy."""
+    """`x` itself if its rows start at multiples of 16 bytes and within reach, else a copy in its order."""
     if x.data_ptr() % VECTOR_BYTES == 0 and _readable(_steps(x.stride())):
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return empty_like_queries(x).copy_(x)
 
 
 def _unsupported(dtype: torch.dtype, width: int) -> str | None:

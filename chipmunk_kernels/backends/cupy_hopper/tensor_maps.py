@@ -1,19 +1,22 @@
 """Tensor maps: how Hopper's copy engine is told where the rows of a `(B, H, N, D)` tensor lie.
 
 The driver encodes them on the host (128 opaque bytes each) and kernels take them by value. Encoding costs
-microseconds and depends on address and shape alone, so maps are remembered: a caching allocator hands out the
-same addresses again and again.
+microseconds and depends on address and layout alone, so maps are remembered: a caching allocator hands out
+the same addresses again and again. A launch plan knows the layouts, and looks up by the addresses alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.launching import join_context
+from chipmunk_kernels.layout import empty_like_queries
 
 MAP_BYTES = 128
 BOX_WIDTH = 64
@@ -26,40 +29,75 @@ _STEP_BYTES = 16  # addresses and strides are multiples of it
 _NO_CONTEXT = 201  # what the driver answers a thread that has not used a device yet
 
 
-def with_map(x: Tensor, rows: int, box_rows: int) -> tuple[Tensor, bytes]:
-    """The `(B, H, N, D)` tensor and its map in boxes of `box_rows` × 64; zeros past the first `rows` rows.
+@dataclass(frozen=True)
+class Layout:
+    """What a map says of a `(B, H, N, D)` tensor besides its address.
 
-    A tensor that no map can describe, since its rows are not 16-byte aligned or share memory, is copied.
+    Attributes:
+        dtype, shape, strides: of the tensor.
+        rows: that can be read; zeros come past them.
+        box_rows: the map's boxes are `box_rows` × 64.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    rows: int
+    box_rows: int
+
+
+def maps_of(*layouts: Layout | None) -> Callable[..., bytes | None]:
+    """A function from addresses of tensors so laid out to their maps, one after the other; it remembers.
+
+    It gives None if no map can describe one of them: rows are not 16-byte aligned, or share memory. Then
+    `mappable` copies. A layout may be None if nothing will read that tensor: a map of nothing does not exist,
+    so the first one's is there instead.
 
     Raises:
-        RuntimeError: the driver refuses; the message has its error code.
+        RuntimeError: (the function) the driver refuses; the message has its error code.
     """
-    found = _map(x.data_ptr(), x.dtype, x.shape, x.stride(), rows, box_rows)
-    if found is not None:
-        return x, found
-    return with_map(x.clone(memory_format=torch.contiguous_format), rows, box_rows)
+
+    @functools.lru_cache(maxsize=256)
+    def maps(*addresses: int) -> bytes | None:
+        found = b""
+        for address, layout in zip(addresses, layouts, strict=True):
+            one = found[:MAP_BYTES] if layout is None else _map(address, layout)
+            if one is None:
+                return None
+            found += one
+        return found
+
+    return maps
+
+
+def mappable(x: Tensor) -> Tensor:
+    """`x`, or where no map can describe it, a copy of it in the same order of rows and heads."""
+    if x.data_ptr() % _STEP_BYTES == 0 and _steps(x.dtype, x.shape, x.stride()) is not None:
+        return x
+    return empty_like_queries(x).copy_(x)
 
 
 @functools.lru_cache(maxsize=4096)
-def _map(
-    address: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    rows: int,
-    box_rows: int,
-) -> bytes | None:
-    """The map, or None where there can be none. One lookup a tensor: all the checks are behind it."""
-    batch, heads, _, width = shape
-    # Bytes from row to row, head to head, batch to batch; where there is but one, any valid number.
-    steps = [
-        (step if size > 1 else width) * dtype.itemsize
-        for size, step in zip(shape[2::-1], stride[2::-1], strict=True)
-    ]
-    aligned = address % _STEP_BYTES == 0 and all(step > 0 and step % _STEP_BYTES == 0 for step in steps)
-    if not aligned or stride[3] != 1:
+def _map(address: int, layout: Layout) -> bytes | None:
+    """One map, or None where there can be none."""
+    steps = _steps(layout.dtype, layout.shape, layout.strides)
+    if steps is None or address % _STEP_BYTES:
         return None
-    return _encode(address, dtype, (width, rows, heads, batch), tuple(steps), box_rows)
+    batch, heads, _, width = layout.shape
+    return _encode(address, layout.dtype, (width, layout.rows, heads, batch), steps, layout.box_rows)
+
+
+def _steps(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Bytes from row to row, head to head, batch to batch; where there is but one, any valid number.
+
+    None where a map cannot have them.
+    """
+    steps = tuple(
+        (step if size > 1 else shape[3]) * dtype.itemsize
+        for size, step in zip(shape[2::-1], strides[2::-1], strict=True)
+    )
+    valid = strides[3] == 1 and all(step > 0 and step % _STEP_BYTES == 0 for step in steps)
+    return steps if valid else None
 
 
 def _encode(
