@@ -240,10 +240,11 @@ def _offers(backend: str, operation: str) -> bool:
 
 def _tuned(kernel: Kernel, problem: Problem, entry: Entry | None) -> LaunchSettings:
     """The profile's settings where they are this kernel's and fit the problem, else its defaults."""
-    if entry is None or entry.backend != kernel.backend or entry.problem.operation != kernel.operation:
+    found = entry.settings_for(kernel.backend) if entry is not None else None
+    if entry is None or found is None or entry.problem.operation != kernel.operation:
         return kernel.settings()
     try:
-        settings = kernel.settings.from_mapping(entry.settings)
+        settings = kernel.settings.from_mapping(found)
     except (TypeError, ValueError) as error:
         _tell(f"{kernel.operation}: tuned settings left out, defaults used: {error}; tune again")
         return kernel.settings()

@@ -53,6 +53,8 @@ class Entry:
         settings: the winner's launch settings, as `LaunchSettings.from_mapping` takes them.
         evidence: how it was measured and verified; numbers, never needed to run.
         density_crossover: the density above which the dense baseline is faster; None if not applicable.
+        other_backends: the best settings that the search met of each other backend, for whoever cannot run
+            the winner, or asks for another by name.
     """
 
     problem: Problem
@@ -60,6 +62,11 @@ class Entry:
     settings: dict[str, Any]
     evidence: dict[str, Any] = field(default_factory=dict)
     density_crossover: float | None = None
+    other_backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def settings_for(self, backend: str) -> dict[str, Any] | None:
+        """The tuned launch settings of a backend, None where the search met none."""
+        return self.settings if backend == self.backend else self.other_backends.get(backend)
 
     def as_dict(self) -> dict[str, Any]:
         """As a profile's YAML stores it."""
@@ -69,6 +76,7 @@ class Entry:
             "problem": problem,
             "backend": self.backend,
             "settings": dict(self.settings),
+            "other_backends": {name: dict(settings) for name, settings in self.other_backends.items()},
             "density_crossover": self.density_crossover,
             "evidence": dict(self.evidence),
         }
@@ -78,18 +86,26 @@ class Entry:
         """An entry from YAML. Raises ValueError naming what is wrong with it."""
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping, got {type(values).__name__}")
-        parts = {name: values.get(name) or {} for name in ("problem", "settings", "evidence")}
+        names = ("problem", "settings", "other_backends", "evidence")
+        parts = {name: values.get(name) or {} for name in names}
         for name, part in parts.items():
             if not isinstance(part, dict):
                 raise ValueError(f"{name}: expected a mapping, got {type(part).__name__}")
         backend = values.get("backend")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+        others = parts["other_backends"]
+        if not all(name in BACKENDS and isinstance(settings, dict) for name, settings in others.items()):
+            raise ValueError(
+                f"other_backends: expected a mapping of settings for each backend, got {others!r}"
+            )
         crossover = values.get("density_crossover")
         if crossover is not None and not (_is_number(crossover) and 0.0 <= crossover <= 1.0):
             raise ValueError(f"density_crossover: expected a fraction from 0 to 1 or null, got {crossover!r}")
         problem = Problem.from_mapping({"operation": values.get("operation"), **parts["problem"]})
-        return cls(problem, backend, dict(parts["settings"]), dict(parts["evidence"]), crossover)
+        return cls(
+            problem, backend, dict(parts["settings"]), dict(parts["evidence"]), crossover, dict(others)
+        )
 
 
 @dataclass(frozen=True, eq=False)

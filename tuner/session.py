@@ -222,7 +222,9 @@ class Session:
         """Winners of like problems, nearest first: earlier in this run, or in a profile."""
         near = [entry for entry in self._winners if not math.isinf(entry.problem.distance(problem))]
         near.sort(key=lambda entry: entry.problem.distance(problem))
-        found = (space.find(entry.backend, entry.settings) for entry in near[:4])
+        known = [(e.backend, e.settings) for e in near[:4]]
+        known += [other for e in near[:2] for other in e.other_backends.items()]
+        found = (space.find(backend, settings) for backend, settings in known)
         return [candidate for candidate in found if candidate is not None]
 
     def _evaluate(
@@ -330,6 +332,7 @@ class Session:
                 self._bench, case, winner, finals, dense, progress, checks[finals.winner], crossover, clocks
             ),
             crossover.density if crossover else None,
+            _best_of_others(space, progress, winner.kernel.backend),
         )
         self._store.save_verdict(key, entry.as_dict())
         return self._result(item, entry)
@@ -375,6 +378,16 @@ class Session:
             candidate.settings.as_dict(),
             kernel_hash(candidate.kernel),
         )
+
+
+def _best_of_others(space: Space, progress: Progress, winner: str) -> dict[str, dict[str, Any]]:
+    """The fastest settings of every backend but the winner's, as the search timed them."""
+    best: dict[str, dict[str, Any]] = {}
+    for key in progress.ranking():
+        candidate = space.candidates[key]
+        if candidate.kernel.backend != winner:
+            best.setdefault(candidate.kernel.backend, candidate.settings.as_dict())
+    return best
 
 
 def _rejected(answer: Answer) -> Outcome | None:

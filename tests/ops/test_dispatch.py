@@ -112,6 +112,20 @@ def test_an_explicit_backend_takes_the_profile_s_settings_for_it(other: OtherBac
     assert dispatch.select(PROBLEM, CPU, backend="torch", profile=tuned(tile=32))[1] == SparseSettings()
 
 
+def test_the_profile_also_has_settings_for_whoever_cannot_run_its_winner(other: OtherBackend) -> None:
+    """A machine without the winner's backend gets the tuned settings of its own, not the defaults."""
+    name = next(iter(SparseSettings.space()))
+    value = next(v for v in SparseSettings.space()[name] if v != getattr(SparseSettings(), name))
+    best = {"torch": {name: value}}
+    profile = Profile(entries=(Entry(PROBLEM, "cupy", {"tile": 32}, other_backends=best),))
+    expected = SparseSettings(**{name: value})
+    assert dispatch.select(PROBLEM, CPU, backend="torch", profile=profile)[1] == expected
+    other.reason = "CuPy is not installed"
+    dispatch._select.cache_clear()
+    with pytest.warns(RuntimeWarning, match="using the torch backend"):
+        assert dispatch.select(PROBLEM, CPU, profile=profile)[1] == expected
+
+
 def test_explicit_settings_win(other: OtherBackend) -> None:
     kernel, settings = dispatch.select(PROBLEM, CPU, settings=OtherSettings(32), profile=Profile.empty())
     assert kernel.backend == "cupy" and settings == OtherSettings(32)

@@ -81,6 +81,8 @@ BROKEN_ENTRIES = [
     {**entry().as_dict(), "problem": {"rows": 0, "columns": 1, "width": 1}},
     {**entry().as_dict(), "settings": [1, 2]},
     {**entry().as_dict(), "density_crossover": 7},
+    {**entry().as_dict(), "other_backends": {"fortran": {}}},
+    {**entry().as_dict(), "other_backends": {"torch": 3}},
 ]
 
 

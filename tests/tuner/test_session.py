@@ -16,8 +16,8 @@ from tuner import session as session_module
 from tuner.build import Answer, InlineBuilder, PoolBuilder, Task, check
 from tuner.hardware import Ceilings
 from tuner.measure import CpuTimer
-from tuner.search import Study, open_storage
-from tuner.session import DeviceLost, Result, Session, Settings
+from tuner.search import Progress, Study, open_storage
+from tuner.session import DeviceLost, Result, Session, Settings, _best_of_others
 from tuner.space import Candidate, Space
 from tuner.store import Outcome, Store
 from tuner.verify import Check
@@ -325,3 +325,21 @@ def test_calls_that_shapes_do_not_describe_are_searched_apart(tmp_path: Path) ->
         (record,) = store.records(session.identity(item))
         assert record.identity.problem.get("per_group") == dict(item.options).get("per_group")
     assert session.forget(items[1]) == 1 and len(store.records(session.identity(items[0]))) == 1
+
+
+def test_the_best_settings_of_each_other_backend_are_kept() -> None:
+    """By the search's own timings, whatever failed left out."""
+    every = [
+        Candidate(dataclasses.replace(KERNEL, backend=backend), FakeSettings(speed=speed))
+        for backend in ("torch", "triton", "cupy")
+        for speed in (2, 4, 8)
+    ]
+    space = Space.__new__(Space)
+    space.candidates = {candidate.key: candidate for candidate in every}
+    times = [9.0, 8.0, None, 3.0, None, 2.0, 1.0, None, None]
+    outcomes = {
+        candidate.key: Outcome("wrong") if time is None else Outcome("ok", median_ms=time)
+        for candidate, time in zip(every, times, strict=True)
+    }
+    best = _best_of_others(space, Progress(outcomes), "cupy")
+    assert best == {"triton": every[5].settings.as_dict(), "torch": every[1].settings.as_dict()}
