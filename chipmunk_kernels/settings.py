@@ -30,6 +30,11 @@ class LaunchSettings:
         return {f.name: tuple(f.metadata["values"]) for f in fields(cls)}
 
     @classmethod
+    def presets(cls: type[Self]) -> tuple[Self, ...]:
+        """Settings known to do well somewhere, if not everywhere: the tuner tries them after the default."""
+        return ()
+
+    @classmethod
     def from_mapping(cls: type[Self], values: dict[str, Any]) -> Self:
         """Settings from a profile entry. Raises ValueError naming unknown fields."""
         known = {f.name for f in fields(cls)}

@@ -201,7 +201,7 @@ class Session:
         if miss:
             _log.warning("%s: recorded trials do not apply: %s", item.label, miss)
         study = Study(space, f"{problem.key} {key}", self._study_storage, self._settings.seed)
-        study.enqueue([*space.defaults(), *self._transferred(problem, space)])
+        study.enqueue([*space.defaults(), *space.presets(), *self._transferred(problem, space)])
 
         def evaluate(batch: list[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
             for candidate, outcome in self._evaluate(batch, identity, case, progress):

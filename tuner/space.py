@@ -105,6 +105,11 @@ class Space:
     def defaults(self) -> list[Candidate]:
         return [candidate for candidate in self.candidates.values() if candidate.is_default]
 
+    def presets(self) -> list[Candidate]:
+        """What the kernels recommend besides their defaults, as far as it fits."""
+        named = [Candidate(kernel, each) for kernel in self.searched for each in kernel.settings.presets()]
+        return [self.candidates[each.key] for each in named if each.key in self.candidates]
+
     def find(self, backend: str, settings: dict[str, Any]) -> Candidate | None:
         """The candidate of these settings, None where they do not fit or are not among the declared."""
         for kernel in self.kernels:

@@ -172,6 +172,17 @@ def test_a_known_winner_of_a_like_problem_is_tried_second(world: World) -> None:
     assert world.tried() == ["8 none", "2 none"]
 
 
+def test_what_a_kernel_recommends_is_tried_after_the_default(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def presets(cls: type[FakeSettings]) -> tuple[FakeSettings, ...]:
+        return FakeSettings(speed=6), FakeSettings(speed=2)  # the first fits nowhere
+
+    monkeypatch.setattr(FakeSettings, "presets", classmethod(presets))
+    world.run(trials=2)
+    assert world.tried() == ["8 none", "2 none"]
+
+
 def test_an_unknown_or_unfitting_winner_is_passed_over(world: World) -> None:
     strange = ({"speed": 6, "fault": "none"}, {"no": "such"}, {"speed": 3, "fault": "none"})
     known = Profile(entries=tuple(Entry(PROBLEM, "torch", settings) for settings in strange))

@@ -83,6 +83,10 @@ class SparseAttentionSettings(LaunchSettings):
     peel_tail: bool = choice(False, True, False)
     overlap: bool = choice(False, True, False)
 
+    @classmethod
+    def presets(cls) -> tuple[SparseAttentionSettings, ...]:
+        return (cls(128, 128, 8, 3, 0, peel_tail=True, overlap=True),)
+
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         return attention_misfit(
             problem, problem.group_size, self.block_m, self.block_n, self.num_warps,
