@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import optuna
 
@@ -67,6 +68,16 @@ class Progress:
         ranking = self.ranking()
         best = self.outcomes[ranking[0]].median_ms if ranking else None
         return math.inf if best is None else best
+
+
+def best_of_others(space: Space, progress: Progress, winner: str) -> dict[str, dict[str, Any]]:
+    """The fastest settings of every backend but the winner's, as the search timed them."""
+    best: dict[str, dict[str, Any]] = {}
+    for key in progress.ranking():
+        candidate = space.candidates[key]
+        if candidate.kernel.backend != winner:
+            best.setdefault(candidate.kernel.backend, candidate.settings.as_dict())
+    return best
 
 
 class Study:

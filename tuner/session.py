@@ -26,7 +26,7 @@ from tuner.evidence import evidence
 from tuner.finals import find_crossover, run_finals
 from tuner.measure import Measurement, measure
 from tuner.problem import Case, KernelWork, make_case
-from tuner.search import Progress, Study, search
+from tuner.search import Progress, Study, best_of_others, search
 from tuner.sources import kernel_hash, kernels_hash
 from tuner.space import Candidate, Space
 from tuner.statistics import significant
@@ -332,7 +332,7 @@ class Session:
                 self._bench, case, winner, finals, dense, progress, checks[finals.winner], crossover, clocks
             ),
             crossover.density if crossover else None,
-            _best_of_others(space, progress, winner.kernel.backend),
+            best_of_others(space, progress, winner.kernel.backend),
         )
         self._store.save_verdict(key, entry.as_dict())
         return self._result(item, entry)
@@ -369,25 +369,8 @@ class Session:
 
     def _own(self, identity: Identity, candidate: Candidate) -> Identity:
         """The identity of one candidate's trial."""
-        return Identity(
-            identity.problem,
-            identity.device,
-            identity.toolchain,
-            identity.timing,
-            candidate.kernel.backend,
-            candidate.settings.as_dict(),
-            kernel_hash(candidate.kernel),
-        )
-
-
-def _best_of_others(space: Space, progress: Progress, winner: str) -> dict[str, dict[str, Any]]:
-    """The fastest settings of every backend but the winner's, as the search timed them."""
-    best: dict[str, dict[str, Any]] = {}
-    for key in progress.ranking():
-        candidate = space.candidates[key]
-        if candidate.kernel.backend != winner:
-            best.setdefault(candidate.kernel.backend, candidate.settings.as_dict())
-    return best
+        settings, source = candidate.settings.as_dict(), kernel_hash(candidate.kernel)
+        return replace(identity, backend=candidate.kernel.backend, settings=settings, source=source)
 
 
 def _rejected(answer: Answer) -> Outcome | None:

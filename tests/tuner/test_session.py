@@ -16,8 +16,8 @@ from tuner import session as session_module
 from tuner.build import Answer, InlineBuilder, PoolBuilder, Task, check
 from tuner.hardware import Ceilings
 from tuner.measure import CpuTimer
-from tuner.search import Progress, Study, open_storage
-from tuner.session import DeviceLost, Result, Session, Settings, _best_of_others
+from tuner.search import Progress, Study, best_of_others, open_storage
+from tuner.session import DeviceLost, Result, Session, Settings
 from tuner.space import Candidate, Space
 from tuner.store import Outcome, Store
 from tuner.verify import Check
@@ -352,5 +352,5 @@ def test_the_best_settings_of_each_other_backend_are_kept() -> None:
         candidate.key: Outcome("wrong") if time is None else Outcome("ok", median_ms=time)
         for candidate, time in zip(every, times, strict=True)
     }
-    best = _best_of_others(space, Progress(outcomes), "cupy")
+    best = best_of_others(space, Progress(outcomes), "cupy")
     assert best == {"triton": every[5].settings.as_dict(), "torch": every[1].settings.as_dict()}

@@ -72,7 +72,8 @@ class SparseAttentionSettings(LaunchSettings):
             For one program of 8 warps on a multiprocessor; takes registers for the weights that wait.
 
     The defaults were the best of 25 on an H200 at FLUX's size, and of those that fit 99 KiB at a video's:
-    there 128×128 tiles, 3 stages, no cap, peeled and overlapped are 12 % faster, and need 224 KiB.
+    there 128×128 tiles, 3 stages, no cap, peeled and overlapped, which need 224 KiB, were 12 % faster in one
+    run and no faster in another, so the tuner tries them.
     """
 
     block_m: int = choice(128, 64, 128, 256)
