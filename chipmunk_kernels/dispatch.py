@@ -18,7 +18,7 @@ import torch
 
 from chipmunk_kernels import registry
 from chipmunk_kernels.problem import OPERATIONS, Problem
-from chipmunk_kernels.registry import BuildError, Kernel
+from chipmunk_kernels.registry import BuildError, Kernel, UnsuitableInputError
 from chipmunk_kernels.settings import LaunchSettings
 
 if TYPE_CHECKING:
@@ -149,6 +149,11 @@ def _resolve(
     def run_or_pass_on(*arguments: Any) -> Any:
         try:
             return kernel.run(*arguments)
+        except UnsuitableInputError as error:
+            entry = _lookup(profile, problem)
+            other = _best(operation, problem, device, entry, without=kernel.backend)
+            _tell(f"{operation}: using the {other.backend} backend on {device}: {error}")
+            return other.run(*arguments[:-1], _tuned(other, problem, entry))
         except BuildError as error:
             _pass_over(kernel, error)
         following, following_launch = _resolve(operation, device, backend, settings, key, profile)
@@ -204,12 +209,14 @@ def _demand(operation: str, backend: str, problem: Problem, device: torch.device
     return registry.kernel(operation, backend)
 
 
-def _best(operation: str, problem: Problem, device: torch.device, entry: Entry | None) -> Kernel:
-    """The profile's winner, or the next backend that can."""
+def _best(
+    operation: str, problem: Problem, device: torch.device, entry: Entry | None, without: str = ""
+) -> Kernel:
+    """The profile's winner, or the next backend that can, other than `without`."""
     kind = _kind(device)
     first = (entry.backend if entry else None, FIRST_FOR.get((kind, operation)))
     offered = [name for name in DEFAULT_ORDER[kind] if _offers(name, operation)]
-    names = dict.fromkeys([name for name in first if name] + offered)
+    names = dict.fromkeys(name for name in (*first, *offered) if name and name != without)
     passed_over: list[str] = []
     for name in names:
         reason = _why_not(operation, name, problem, device)

@@ -27,6 +27,13 @@ class BuildError(RuntimeError):
     """A kernel that cannot be built for this device; the message is the compiler's or the loader's."""
 
 
+class UnsuitableInputError(ValueError):
+    """Tensors that a kernel cannot take although it takes their dtype and width; nothing was launched.
+
+    Where dispatch chose the kernel, the call goes to the next one.
+    """
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One backend's way to run one operation.

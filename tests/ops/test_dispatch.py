@@ -15,7 +15,7 @@ from chipmunk_kernels import dispatch, profiles, registry
 from chipmunk_kernels.backends.torch.attention import DenseSettings, SparseSettings
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import Entry, Profile
-from chipmunk_kernels.registry import BuildError, Kernel
+from chipmunk_kernels.registry import BuildError, Kernel, UnsuitableInputError
 from chipmunk_kernels.settings import LaunchSettings, choice
 from tests.factories import attention_inputs, scattered_columns
 
@@ -37,6 +37,7 @@ class OtherBackend:
     reason: str | None = None
     refuses: str | None = None
     broken: str | None = None
+    unsuitable: str | None = None
 
     def unavailable(self, device: torch.device) -> str | None:
         return self.reason
@@ -47,6 +48,8 @@ class OtherBackend:
         def through_torch(*arguments: object) -> object:
             if self.broken:
                 raise BuildError(self.broken)
+            if self.unsuitable:
+                raise UnsuitableInputError(self.unsuitable)
             return run(*arguments[:-1], SparseSettings())
 
         return {
@@ -220,6 +223,25 @@ def test_a_kernel_that_does_not_build_gives_way_with_one_warning(
     assert len(said) == 1
     with pytest.raises(RuntimeError, match=r"cupy backend cannot run this.*does not build"):
         ck.sparse_attention(q, k, v, columns, backend="cupy")
+
+
+def test_tensors_that_a_chosen_kernel_cannot_take_go_to_the_next(
+    other: OtherBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = attention_inputs(1, 1, 256, 256)
+    columns = scattered_columns(1, 1, 256, 256)
+    expected = ck.sparse_attention(q, k, v, columns, backend="torch")
+    entry = Entry(replace(PROBLEM, dtype="float32"), "cupy", {"tile": 32}, {}, None)
+    profile = Profile(entries=(entry,))
+    monkeypatch.setattr(dispatch, "_profile", lambda device: profile)
+    other.unsuitable = "rows of whole 16 bytes, please"
+    with pytest.warns(RuntimeWarning, match="using the torch backend on cpu: rows of whole 16 bytes") as said:
+        for _ in range(3):
+            assert torch.equal(ck.sparse_attention(q, k, v, columns), expected)
+    assert len(said) == 1
+    with pytest.raises(ValueError, match="rows of whole 16 bytes"):
+        ck.sparse_attention(q, k, v, columns, backend="cupy")
+    assert dispatch.select(entry.problem, CPU)[0].backend == "cupy"  # other tensors may suit it
 
 
 def test_an_explicit_backend_that_does_not_build_raises(other: OtherBackend) -> None:

@@ -21,7 +21,7 @@ from chipmunk_kernels.backends.cupy_hopper.tensor_maps import Layout, maps_of
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.layout import maker
 from chipmunk_kernels.problem import Problem
-from chipmunk_kernels.registry import Kernel
+from chipmunk_kernels.registry import Kernel, UnsuitableInputError
 from chipmunk_kernels.settings import LaunchSettings, choice
 
 FOLDER = Path(__file__).parent
@@ -231,7 +231,8 @@ def sparse_mlp(
     products, in x.dtype (27 MB for FLUX at 30 %, 44 MB for video), and the counters.
 
     Raises:
-        ValueError: an activation other than `gelu_tanh`, or rows that 16-byte loads cannot read.
+        ValueError: an activation other than `gelu_tanh`.
+        UnsuitableInputError: rows that 16-byte loads cannot read.
     """
     if activation != "gelu_tanh":
         raise ValueError(f"activation: the cupy_hopper backend computes 'gelu_tanh', got {activation!r}")
@@ -301,11 +302,11 @@ def _whole_chunks(strides: tuple[int, ...], dtype: torch.dtype) -> bool:
 def _check_readable(
     width: int, width_out: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, aligned: bool
 ) -> None:
-    """Raise ValueError unless 16-byte loads can read all rows of x and both weights."""
+    """Raise UnsuitableInputError unless 16-byte loads can read all rows of x and both weights."""
     whole = width % ALIGNED_ELEMENTS == 0 and width_out % ALIGNED_ELEMENTS == 0
     if aligned and whole and all(_whole_chunks(steps, dtype) for steps in strides):
         return
-    raise ValueError(
+    raise UnsuitableInputError(
         "x, w1, w2_by_neuron: the cupy_hopper backend needs rows of whole 16 bytes (widths and "
         f"strides that are multiples of {ALIGNED_ELEMENTS}, an aligned start); got widths {width} "
         f"and {width_out}, strides {strides}; use backend='triton'"
