@@ -304,8 +304,14 @@ def test_settings_say_what_does_not_fit() -> None:
 
 
 @pytest.mark.compile_only
-def test_the_fullest_launch_spills_nothing(tmp_path: Path) -> None:
-    source = select.source(torch.float32, 16, SelectSettings(threads=256, blocks=4))
+@pytest.mark.parametrize(
+    ("dtype", "vector_bytes", "threads", "blocks"), [(torch.float32, 16, 256, 4), (torch.float16, 2, 512, 2)]
+)
+def test_other_launches_spill_nothing(
+    dtype: torch.dtype, vector_bytes: int, threads: int, blocks: int, tmp_path: Path
+) -> None:
+    """The fullest, and scores that lie anywhere."""
+    source = select.source(dtype, vector_bytes, SelectSettings(threads=threads, blocks=blocks))
     used = usage(compile_for(source, "sm_90a"), tmp_path)["topk_columns"]
     assert used.stack_bytes == used.local_bytes == 0
     assert used.registers <= select.FEWEST_REGISTERS

@@ -14,7 +14,7 @@ from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from tuner.problem import MUTATED, make_case, scattered_columns
-from tuner.verify import Check, PoisonedMemory, Sampled, verify
+from tuner.verify import Check, PoisonedMemory, Sampled, error_budget, verify
 
 CPU = torch.device("cpu")
 PROBLEMS = [
@@ -217,3 +217,12 @@ def test_mutated_inputs_are_restored(operation: str) -> None:
 def test_the_same_seed_gives_the_same_inputs_and_another_one_others() -> None:
     first, again, other = (make_case(PROBLEMS[2], CPU, seed).inputs["q"] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_float32_is_granted_four_units_of_rounding_and_no_more() -> None:
+    """PyTorch's attention on a CPU needs some; a hundredth of what bfloat16 is granted stays wrong."""
+    truth = torch.ones(3, dtype=torch.float64)
+    unit = torch.finfo(torch.float32).eps
+    assert error_budget(truth.float(), truth, torch.float32) == pytest.approx(8 * unit)
+    assert error_budget(truth.bfloat16(), truth, torch.bfloat16) == pytest.approx(2 * 2**-7)
+    assert 8 * unit < 2**-7 / 100

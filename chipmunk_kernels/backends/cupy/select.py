@@ -278,7 +278,4 @@ def source(dtype: torch.dtype, vector_bytes: int, settings: SelectSettings) -> S
 
 KERNELS = (Kernel("topk_columns", "cupy", topk_columns, SelectSettings),)
 
-SOURCES = (
-    source(torch.float32, VECTOR_BYTES, SelectSettings()),
-    source(torch.float16, 2, SelectSettings()),
-)
+SOURCES = (source(torch.float32, VECTOR_BYTES, SelectSettings()),)
