@@ -219,10 +219,10 @@ def test_the_same_seed_gives_the_same_inputs_and_another_one_others() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_float32_is_granted_four_units_of_rounding_and_no_more() -> None:
+def test_float32_is_granted_sixteen_units_of_rounding_and_no_more() -> None:
     """PyTorch's attention on a CPU needs some; a hundredth of what bfloat16 is granted stays wrong."""
     truth = torch.ones(3, dtype=torch.float64)
     unit = torch.finfo(torch.float32).eps
-    assert error_budget(truth.float(), truth, torch.float32) == pytest.approx(8 * unit)
+    assert error_budget(truth.float(), truth, torch.float32) == pytest.approx(32 * unit)
     assert error_budget(truth.bfloat16(), truth, torch.bfloat16) == pytest.approx(2 * 2**-7)
-    assert 8 * unit < 2**-7 / 100
+    assert 32 * unit < 2**-7 / 100
