@@ -13,7 +13,7 @@ from chipmunk_kernels.checks import set_debug
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.ops.attention import colsum_attention, dense_attention, sparse_attention
 from chipmunk_kernels.ops.gather import gather_columns, scatter_columns
-from chipmunk_kernels.ops.mlp import group_mean, sparse_mlp
+from chipmunk_kernels.ops.mlp import bias_gelu, group_mean, sparse_mlp
 from chipmunk_kernels.ops.select import columns_from_mask, coverage_columns, topk_columns
 from chipmunk_kernels.problem import Problem
 
@@ -21,6 +21,7 @@ __all__ = [
     "ColumnSet",
     "Problem",
     "apply_chipmunk",
+    "bias_gelu",
     "colsum_attention",
     "columns_from_mask",
     "coverage_columns",

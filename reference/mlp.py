@@ -1,4 +1,7 @@
-"""The column-sparse MLP delta, computed densely and masked. Source: arXiv 2506.03275, section 3."""
+"""The column-sparse MLP delta, computed densely and masked, and what follows a neuron-major product.
+
+Source: arXiv 2506.03275, section 3.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,8 @@ def sparse_mlp(
     delta = torch.where(kept, fresh - cached, 0.0)
     new_cache = torch.where(kept, fresh, cached).transpose(1, 2).contiguous()
     return new_cache, output_cache + (delta @ w2_by_neuron).to(output_cache.dtype)
+
+
+def bias_gelu(mid: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu_tanh(mid + bias): mid `(B, F, M)`, one value of bias `(F,)` for each neuron."""
+    return F.gelu(mid if bias is None else mid + bias[:, None], approximate="tanh")

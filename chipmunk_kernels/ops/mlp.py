@@ -1,4 +1,5 @@
-"""MLP operators: the column-sparse delta, and the group means that its change estimate needs.
+"""MLP operators: the column-sparse delta, the group means that its change estimate needs, and what makes a
+first product the activation cache.
 
 Source: arXiv 2506.03275, section 3. Activations are assigned, not added to, since repeated adding in
     bfloat16 drifts.
@@ -109,6 +110,32 @@ def group_mean(
     return _group_mean(x, group_size, *chosen)
 
 
+def bias_gelu(
+    mid: Tensor, bias: Tensor | None, *, backend: str | None = None, settings: LaunchSettings | None = None
+) -> Tensor:
+    """Make a neuron-major product the activation cache: `gelu_tanh(mid + bias)`, in place.
+
+    It is not tuned: one pass over memory, which has little to choose.
+
+    Args:
+        mid: `(B, F, M)` in float16, bfloat16 or float32, last dimension contiguous.
+        bias: `(F,)` in mid's dtype, or None.
+        backend, settings: as in `dense_attention`.
+
+    Returns:
+        `mid`.
+
+    Raises:
+        ValueError, RuntimeError: as in `sparse_mlp`.
+    """
+    checks.floating("mid", mid, 3, "(B, F, M)")
+    checks.contiguous_last("mid", mid)
+    if bias is not None:
+        checks.like("bias", bias, (mid.shape[1],), (mid.dtype,), mid.device)
+    _bias_gelu(mid, bias, *dispatch.encode("bias_gelu", mid.device, backend, settings))
+    return mid
+
+
 @torch.library.custom_op("chipmunk::sparse_mlp", mutates_args=("activation_cache", "output_cache"))
 def _sparse_mlp(
     x: Tensor,
@@ -182,6 +209,28 @@ def _group_mean(x: Tensor, group_size: int, backend: str, settings: str) -> Tens
 @_group_mean.register_fake
 def _(x: Tensor, group_size: int, backend: str, settings: str) -> Tensor:
     return x.new_empty(x.shape[0], group_count(x.shape[1], group_size), x.shape[2])
+
+
+@torch.library.custom_op("chipmunk::bias_gelu", mutates_args=("mid",))
+def _bias_gelu(mid: Tensor, bias: Tensor | None, backend: str, settings: str) -> None:
+    batch, neurons, tokens = mid.shape
+    kernel, launch = dispatch.resolve(
+        "bias_gelu",
+        mid.device,
+        backend,
+        settings,
+        rows=tokens,
+        columns=neurons,
+        width=neurons,
+        batch=batch,
+        dtype=mid.dtype,
+    )
+    kernel.run(mid, bias, launch)
+
+
+@_bias_gelu.register_fake
+def _(mid: Tensor, bias: Tensor | None, backend: str, settings: str) -> None:
+    return None
 
 
 def _check_w2(w2_by_neuron: Tensor, neurons: int, x: Tensor) -> None:

@@ -33,7 +33,8 @@ def test_a_table_says_what_it_holds(backend: str) -> None:
 
 
 def test_torch_runs_every_operation() -> None:
-    assert set(OPERATIONS) | {"coverage_columns", "columns_from_mask"} == set(registry.kernels("torch"))
+    untuned = {"coverage_columns", "columns_from_mask", "bias_gelu"}
+    assert set(OPERATIONS) | untuned == set(registry.kernels("torch"))
     for kernel in registry.kernels("torch").values():
         assert kernel.unsupported(torch.float32, 80) is None
 

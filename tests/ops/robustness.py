@@ -25,7 +25,7 @@ Outputs = tuple[Tensor, ...]
 ATTENTION = ("dense_attention", "colsum_attention", "sparse_attention")
 SELECTION = ("topk_columns", "coverage_columns", "columns_from_mask")
 MOVES = ("gather_columns", "scatter_columns")
-OPERATIONS = (*ATTENTION, *SELECTION, *MOVES, "sparse_mlp", "group_mean")
+OPERATIONS = (*ATTENTION, *SELECTION, *MOVES, "sparse_mlp", "group_mean", "bias_gelu")
 NEURONS = 193
 """Of the MLP: odd, so that no tile divides it."""
 
@@ -205,6 +205,10 @@ def _mean(i: Inputs, backend: str) -> Outputs:
     return (ck.group_mean(i["x"], i["group_size"], backend=backend),)
 
 
+def _bias_gelu(i: Inputs, backend: str) -> Outputs:
+    return (ck.bias_gelu(i["activations"].clone(), i["b1"], backend=backend),)
+
+
 CALLS: dict[str, Callable[[Inputs, str], Outputs]] = {
     "dense_attention": _dense,
     "colsum_attention": _colsum,
@@ -216,6 +220,7 @@ CALLS: dict[str, Callable[[Inputs, str], Outputs]] = {
     "scatter_columns": _scatter,
     "sparse_mlp": _mlp,
     "group_mean": _mean,
+    "bias_gelu": _bias_gelu,
 }
 
 
@@ -262,6 +267,8 @@ def _computed(operation: str, i: Inputs) -> Outputs:
         return attention.sparse_attention(i["q"], i["k"], i["v"], *lists, i["base"], -1, i["scale"])
     if operation == "group_mean":
         return (group_mean.group_mean(i["x"], i["group_size"]),)
+    if operation == "bias_gelu":
+        return (mlp.bias_gelu(i["activations"], i["b1"]),)
     caches = i["activations"], i["output"]
     return mlp.sparse_mlp(i["x"], i["w1"], i["b1"], i["w2_by_neuron"], *lists, *caches)
 

@@ -111,6 +111,10 @@ CASES: list[tuple[str, Callable[[], Any]]] = [
     (r"activation: expected one of gelu_tanh; got 'relu'", lambda: mlp(activation="relu")),
     (r"columns: expected \(B, H, G\) = \(1, 1, 2\)", lambda: mlp(columns=columns)),
     (r"group_size: expected a positive", lambda: ck.group_mean(m.x, 0)),
+    (r"mid: expected shape \(B, F, M\)", lambda: ck.bias_gelu(m.x[0], None)),
+    (r"mid: expected a contiguous last dimension", lambda: ck.bias_gelu(m.x.mT, None)),
+    (r"bias: expected shape \(130,\), got \(100,\)", lambda: ck.bias_gelu(m.activation_cache, m.b1[:100])),
+    (r"bias: expected torch.float32", lambda: ck.bias_gelu(m.activation_cache, m.b1.half())),
     (
         r"backend: expected one of torch, triton, cupy, cupy_hopper; got 'tortch'",
         lambda: ck.group_mean(m.x, 64, backend="tortch"),

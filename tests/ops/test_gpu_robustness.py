@@ -15,6 +15,7 @@ from torch import Tensor
 
 from chipmunk_kernels import registry
 from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.problem import OPERATIONS as TUNED
 from chipmunk_kernels.problem import Problem
 from tests.ops.robustness import ATTENTION, OPERATIONS, SELECTION, Inputs, Outputs, call, check, make
 from tests.triton_mlp.cases import poisoned_memory
@@ -106,7 +107,7 @@ def large(operation: str, rows: int) -> Problem:
         for rows in (4352, 119056)
     ],
 )
-@pytest.mark.parametrize("operation", [op for op in OPERATIONS if op not in SELECTION[1:]])
+@pytest.mark.parametrize("operation", [op for op in OPERATIONS if op in TUNED])
 def test_a_models_size(operation: str, place: Place, rows: int) -> None:
     """Compared on sampled groups, the first and the ragged last among them; finite everywhere."""
     backend, device = place

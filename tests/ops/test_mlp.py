@@ -1,4 +1,4 @@
-"""The sparse MLP and the group mean against the float64 reference."""
+"""The sparse MLP, the group mean, and bias with GELU, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chipmunk_kernels import ColumnSet, group_mean, sparse_mlp
+from chipmunk_kernels import ColumnSet, bias_gelu, group_mean, sparse_mlp
 from reference import group_mean as mean_reference
 from reference import mlp as reference
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs, randn
@@ -137,3 +137,23 @@ def test_group_mean_averages_the_rows_there_are(
     truth, peer = mean_reference.group_mean(x.double(), 64), mean_reference.group_mean(x, 64)
     assert means.dtype == dtype
     assert_within_budget(means, truth, peer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 63, 64, 193])
+@pytest.mark.parametrize("biased", [True, False])
+def test_bias_and_gelu_in_place(
+    tokens: int, biased: bool, dtype: torch.dtype, device: torch.device, backend: str, supported: Supported
+) -> None:
+    """On a slice of rows that are further apart: what lies beside it stays."""
+    supported("bias_gelu", dtype, 70)
+    wide = 4 * randn(2, 70, 2 * tokens, dtype=dtype, device=device)
+    bias = randn(140, dtype=dtype, device=device, seed=1)[::2] if biased else None
+    mid, before = wide[..., :tokens], wide.clone()
+    truth, peer = (
+        reference.bias_gelu(mid.to(kind), None if bias is None else bias.to(kind))
+        for kind in (torch.float64, dtype)
+    )
+    assert bias_gelu(mid, bias, backend=backend) is mid
+    assert_within_budget(mid, truth, peer)
+    assert torch.equal(wide[..., tokens:], before[..., tokens:])

@@ -36,6 +36,7 @@ def arguments(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "scatter_columns": (packed, *chosen, randn(1, 2, 130, 100, dtype=half, device=device), True),
         "sparse_mlp": (m.x, m.w1, m.b1, m.w2_by_neuron, *mlp_chosen, *caches, "gelu_tanh"),
         "group_mean": (m.x, 64),
+        "bias_gelu": (m.activation_cache, m.b1),
     }
     return {name: (*case, "", "") for name, case in cases.items()}
 
@@ -63,6 +64,7 @@ def mlp_step(x: Tensor, m: Any, activations: Tensor, output: Tensor) -> tuple[Te
     means = ck.group_mean(x, 64)
     change = (means @ m.w1.t()).abs().unsqueeze(1)
     columns = ck.topk_columns(change, 40, group_size=64, random=5)
+    activations = ck.bias_gelu(activations, m.b1)
     new = ck.sparse_mlp(x, m.w1, m.b1, m.w2_by_neuron, columns, activations, output)
     packed = ck.gather_columns(activations.unsqueeze(1), columns, per_group=True)
     ck.scatter_columns(packed, columns, activations.unsqueeze(1), accumulate=True)

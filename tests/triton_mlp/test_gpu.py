@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chipmunk_kernels.backends.torch import gather as peer
 from chipmunk_kernels.backends.torch import mlp as peer_mlp
+from chipmunk_kernels.backends.triton.bias_gelu import BiasGeluSettings, bias_gelu
 from chipmunk_kernels.backends.triton.gather import (
     GatherSettings,
     GroupMeanSettings,
@@ -18,6 +19,7 @@ from chipmunk_kernels.backends.triton.gather import (
     scatter_columns,
 )
 from chipmunk_kernels.backends.triton.mlp import SparseMlpSettings, sparse_mlp
+from reference.mlp import bias_gelu as true_bias_gelu
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs, randn, scattered_columns
 from tests.triton_mlp.cases import HALVES, on_side_stream, poisoned_memory, replay
 from tests.triton_mlp.test_mlp import check
@@ -178,3 +180,19 @@ def test_group_mean_at_real_size() -> None:
     plain = torch.stack([rows.mean(1) for rows in x.split(128, dim=1)], dim=1)
     assert_within_budget(mean, exact, plain)
     assert torch.equal(mean, group_mean(x, 128, GroupMeanSettings()))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tokens", [3840, 3901, 119056])
+def test_bias_and_gelu_at_real_sizes(tokens: int, dtype: torch.dtype) -> None:
+    """More than 2³¹ elements at the last: offsets are 64 bits wide."""
+    neurons = 12288 if tokens < 10_000 else 20_000
+    mid = torch.randn(1, neurons, tokens, dtype=dtype, device=GPU)
+    bias = randn(neurons, dtype=dtype, device=GPU, seed=1)
+    rows = torch.tensor([0, 1, neurons // 2, neurons - 1], device=GPU)
+    some, chosen = mid[:, rows], bias[rows]
+    bias_gelu(mid, bias, BiasGeluSettings())
+    assert_within_budget(
+        mid[:, rows], true_bias_gelu(some.double(), chosen.double()), true_bias_gelu(some, chosen)
+    )
+    assert bool(mid.isfinite().all())

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from chipmunk_kernels.backends.torch import attention, gather, mlp, select
+from chipmunk_kernels.backends.torch import attention, bias_gelu, gather, mlp, select
 from chipmunk_kernels.registry import Kernel
 
 
@@ -32,5 +32,6 @@ def kernels() -> Mapping[str, Kernel]:
         ("scatter_columns", gather.scatter_columns, gather.ScatterSettings),
         ("sparse_mlp", mlp.sparse_mlp, mlp.SparseMlpSettings),
         ("group_mean", mlp.group_mean, mlp.GroupMeanSettings),
+        ("bias_gelu", bias_gelu.bias_gelu, bias_gelu.BiasGeluSettings),
     )
     return {name: Kernel(name, "torch", run, settings) for name, run, settings in table}

@@ -16,7 +16,7 @@ import torch
 from chipmunk_kernels.registry import Kernel
 
 OLDEST_CAPABILITY = (8, 0)
-FILES = ("dense_attention", "colsum_attention", "sparse_attention", "select", "gather", "mlp")
+FILES = ("dense_attention", "colsum_attention", "sparse_attention", "select", "gather", "mlp", "bias_gelu")
 """The files with kernels: each exports `KERNELS`, and `COMPILE_CASES` for the compile-only report."""
 
 
