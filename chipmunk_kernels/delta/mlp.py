@@ -1,11 +1,11 @@
 """The MLP delta of one layer and one guidance branch. Source: arXiv 2506.03275, section 4.
 
     full step     mid = X W₁ᵀ + b₁;  A = gelu_tanh(mid);  O = A W₂ᵀ + b₂
-                  cache A (neuron-major), O, and P = the group means of mid
+                  cache A (neuron-major), O, and P = fc1(group means of X)
     sparse step   change = |fc1(group means of X) − P|, a GEMM 1/group_size the size
                   for its largest columns: O += (new − old activations) W₂, A := new ones, P := new means
 
-fc1 is affine, so the mean of its outputs is its output at the mean.
+fc1 is affine, so the mean of its outputs, mid's, is its output at the mean.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from chipmunk_kernels.delta.attention import mix_seed
 from chipmunk_kernels.delta.launch import Launch
 from chipmunk_kernels.delta.policy import MlpPolicy
 from chipmunk_kernels.delta.report import Selection, Usage
-from chipmunk_kernels.delta.side import Side
-from chipmunk_kernels.ops.mlp import group_mean, sparse_mlp
+from chipmunk_kernels.ops.mlp import bias_gelu, group_mean, sparse_mlp
 from chipmunk_kernels.ops.select import topk_columns
+
+LINE = 64
+"""Elements that rows of neuron-major activations are a multiple of apart, 128 bytes or more.
+
+Rows that do not start at a multiple of 16 bytes leave library products, and our kernels, narrow loads only.
+"""
 
 
 @dataclass
@@ -110,45 +115,37 @@ class MlpDelta:
         # Freed before their successors are made, so that the peak holds one set of caches.
         self.columns = self._activations = self._out = self._means = None
         self._refreshed = None
-        mid = F.linear(x, weights.up, weights.up_bias)
-        activations = F.gelu(mid, approximate="tanh")
         if self.policy.schedule.is_full(step + 1):
-            return F.linear(activations, weights.down, weights.down_bias)
-        by_neuron = activations.transpose(1, 2)
-        self._activations = torch.empty_like(by_neuron, memory_format=torch.contiguous_format)
-        with Side(x.device) as side:
-            with side.fork():  # the caches are written beside the second product
-                self._activations.copy_(by_neuron)
-                self._means = self._group_mean(mid)
-            self._out = F.linear(activations, weights.down, weights.down_bias)
+            return by_token(x, weights)[1]
+        self._means = self._fc1_of_means(x, weights)
+        if neuron_major(x.device):
+            self._activations, self._out = by_neuron(x, weights)
+        else:
+            activations, self._out = by_token(x, weights)
+            self._activations = activations.transpose(1, 2).contiguous()
         self._refreshed, self._since = step, 0
         return self._out
 
     def _sparse(self, x: Tensor, weights: MlpWeights, step: int) -> Tensor:
         assert self._activations is not None and self._out is not None and self._means is not None
-        means = F.linear(self._group_mean(x), weights.up, weights.up_bias)
+        means = self._fc1_of_means(x, weights)
         if self._since % self.policy.reselect_every == 0:
             self._choose(means, step)
         assert self.columns is not None and self._selection is not None
         self._since += 1
         self._selection.uses += 1
-        old_means = self._means
-        with Side(x.device) as side:
-            with side.fork():  # the new means are for the next selection
-                self._update_means(means)
-            out = sparse_mlp(
-                x,
-                weights.up,
-                weights.up_bias,
-                weights.by_neuron(),
-                self.columns,
-                self._activations,
-                self._out,
-                activation="gelu_tanh",
-                **self._launch("sparse_mlp", x, weights),
-            )
-        del old_means  # the side may have read it until here
-        return out
+        self._update_means(means)
+        return sparse_mlp(
+            x,
+            weights.up,
+            weights.up_bias,
+            weights.by_neuron(),
+            self.columns,
+            self._activations,
+            self._out,
+            activation="gelu_tanh",
+            **self._launch("sparse_mlp", x, weights),
+        )
 
     def _choose(self, means: Tensor, step: int) -> None:
         assert self._means is not None
@@ -181,11 +178,12 @@ class MlpDelta:
         extent = (batch, 1, groups * size, neurons, 1)
         return self.launch("topk_columns", change.device, change.dtype, extent, size, density)
 
-    def _group_mean(self, x: Tensor) -> Tensor:
+    def _fc1_of_means(self, x: Tensor, weights: MlpWeights) -> Tensor:
+        """fc1 at the group means of x, `(B, G, F)`."""
         batch, rows, width = x.shape
         extent = (batch, 1, rows, width, width)
         launch = self.launch("group_mean", x.device, x.dtype, extent, self.policy.group_size)
-        return group_mean(x, self.policy.group_size, **launch)
+        return F.linear(group_mean(x, self.policy.group_size, **launch), weights.up, weights.up_bias)
 
     def _launch(self, operation: str, x: Tensor, weights: MlpWeights) -> dict[str, Any]:
         if self.launch.profile is None:
@@ -196,6 +194,44 @@ class MlpDelta:
         density = self.columns.capacity / neurons
         extent = (batch, 1, rows, neurons, width)
         return self.launch(operation, x.device, x.dtype, extent, self.policy.group_size, density)
+
+
+def neuron_major(device: torch.device) -> bool:
+    """Whether a full step computes the activations as they are cached.
+
+    On a GPU: made by token, they took an H200 a strided copy of 0.33 ms at FLUX's size, which did not hide
+    beside the product. On a CPU PyTorch's bfloat16 products may take several times as long that way round
+    (two AVX2 cores, 4096 tokens, 256 → 1024 → 256: 6.8 s a step against 0.9; float32: no difference).
+    """
+    return device.type == "cuda"
+
+
+def by_token(x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
+    """The dense MLP: activations `(B, M, F)` and output `(B, M, Kout)` of x `(B, M, K)`."""
+    activations = F.gelu(F.linear(x, weights.up, weights.up_bias), approximate="tanh")
+    return activations, F.linear(activations, weights.down, weights.down_bias)
+
+
+def by_neuron(x: Tensor, weights: MlpWeights) -> tuple[Tensor, Tensor]:
+    """The same, its activations `(B, F, M)`: rows contiguous, a multiple of `LINE` apart.
+
+    No more memory than both: the first product becomes the activations in place. One batch entry at a time,
+    since only products of two matrices add a bias themselves.
+    """
+    batch, tokens, _ = x.shape
+    pitch = -(-tokens // LINE) * LINE
+    padded = x.new_empty(batch, weights.up.shape[0], pitch)
+    activations = padded[..., :tokens]
+    out = x.new_empty(batch, tokens, weights.down.shape[0])
+    for entry, mid in zip(x, activations, strict=True):
+        torch.mm(weights.up, entry.t(), out=mid)
+    bias_gelu(padded, weights.up_bias)  # whole rows load wide; what lies past the tokens is never read
+    for columns, rows in zip(activations, out, strict=True):
+        if weights.down_bias is None:
+            torch.mm(columns.t(), weights.down.t(), out=rows)
+        else:
+            torch.addmm(weights.down_bias, columns.t(), weights.down.t(), out=rows)
+    return activations, out
 
 
 def expected_density(policy: MlpPolicy, neurons: int) -> float:

@@ -1,4 +1,4 @@
-"""Work beside the current CUDA stream: selections and cache write-backs hidden behind the next product.
+"""Work beside the current CUDA stream: selections hidden behind the next heads' column sums.
 
 Safe for PyTorch's allocator, which hands memory freed on a stream to that stream again at once, and without
 a sync. What the current stream allocated and the side reads or writes stays referenced until the current

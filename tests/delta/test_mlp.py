@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chipmunk_kernels.delta import mlp
 from chipmunk_kernels.delta.mlp import MlpDelta, MlpWeights
 from chipmunk_kernels.delta.policy import MlpPolicy, Schedule
 from tests.delta import equations
@@ -47,8 +48,15 @@ def kept_of(delta: MlpDelta) -> Tensor:
     return delta.columns.to_mask(NEURONS)[:, 0]
 
 
+@pytest.fixture(params=[False, True], ids=["by-token", "by-neuron"])
+def either_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full steps in the order of activations that a CPU takes, and in that of a GPU."""
+    monkeypatch.setattr(mlp, "neuron_major", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("either_order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "rows", "every_second"), [(1, 77, 1), (2, 96, 2)])
+@pytest.mark.parametrize(("batch", "rows", "every_second"), [(1, 77, 1), (2, 96, 2), (3, 1, 1)])
 def test_follows_the_equations(dtype: torch.dtype, batch: int, rows: int, every_second: int) -> None:
     xs = tokens(7, batch, rows, dtype)
     delta = MlpDelta(policy(0.3, random=0.05, reselect_every=every_second))
@@ -78,6 +86,7 @@ def test_keeps_the_neurons_that_changed_most() -> None:
         truth.sparse(x.double(), best)
 
 
+@pytest.mark.usefixtures("either_order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_kept_is_dense(dtype: torch.dtype) -> None:
     delta = MlpDelta(policy(1.0, every=0))
@@ -91,12 +100,14 @@ def test_everything_kept_is_dense(dtype: torch.dtype) -> None:
         assert_within_budget(delta(x, weights(dtype), step), truth.full(x.double()), near)
 
 
+@pytest.mark.usefixtures("either_order")
 def test_nothing_kept_repeats_the_full_step() -> None:
     delta = MlpDelta(policy(0.0, every=0))
     first, second = (delta(x, weights(), step) for step, x in enumerate(tokens(2)))
     assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("either_order")
 def test_no_biases() -> None:
     w1, _, w2, _ = parameters()
     bare = MlpWeights(w1, None, w2, None, lambda: w2.t().contiguous())
@@ -104,6 +115,34 @@ def test_no_biases() -> None:
     for step, x in enumerate(tokens(3)):
         dense = torch.nn.functional.gelu(x @ w1.t(), approximate="tanh") @ w2.t()
         assert max_error(delta(x, bare, step), dense) < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 77), (2, 64), (2, 65)])
+def test_activations_by_neuron_are_written_once(batch: int, rows: int) -> None:
+    """Tokens that are a slice, weights that share a wider matrix: nothing as large as the cache is copied."""
+    w1, b1, w2, b2 = parameters()
+    x = torch.cat(tokens(2, batch, rows), dim=2)[..., :WIDTH]
+    shared = torch.cat([w2, w2], dim=1)[:, NEURONS:]
+    sliced = MlpWeights(w1, b1, shared, b2, lambda: shared.t().contiguous())
+    mlp.by_neuron(x, sliced)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        activations, out = mlp.by_neuron(x, sliced)
+    made = [event.cpu_memory_usage for event in profile.events() if not event.cpu_children]
+    assert sum(size >= activations.nbytes // batch for size in made) == 1
+    assert activations.stride(2) == 1 and activations.stride(1) % mlp.LINE == 0
+    by_token = mlp.by_token(x.contiguous(), weights())
+    assert max_error(activations.mT, by_token[0]) < 1e-6 and max_error(out, by_token[1]) < 1e-5
+
+
+def test_unchanged_tokens_show_no_change() -> None:
+    """Both kinds of step take the means in the same way, so that rounding chooses no neurons."""
+    delta = MlpDelta(policy(0.3, every=0))
+    x = tokens(1, dtype=torch.bfloat16)[0]
+    delta(x, weights(torch.bfloat16), 0)
+    assert delta._means is not None
+    before = delta._means.clone()
+    delta(x, weights(torch.bfloat16), 1)
+    assert torch.equal(delta._means, before)
 
 
 def test_columns_are_reselected_when_the_policy_says() -> None:
