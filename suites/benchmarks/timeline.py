@@ -2,9 +2,9 @@
 
     python -m suites.benchmarks.timeline --out FOLDER [--heads 24] [--tokens 34560] [--mlp-tokens 3840]
 
-Runs a full step of the attention delta and of the MLP delta, once with the side stream and once in place,
-under torch's profiler, and writes for each a picture (`timeline-*.html`) and the numbers (`timeline.json`):
-when every kernel ran on which stream, and how much of the side stream's time was hidden.
+Runs a full step of the MLP delta, which has one stream, and of the attention delta, once with the side stream
+and once in place, under torch's profiler, and writes for each a picture (`timeline-*.html`) and the numbers
+(`timeline.json`): when every kernel ran on which stream, and how much of the side stream's time was hidden.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def attention_step(heads: int, tokens: int) -> Callable[[], object]:
 
 
 def mlp_step(tokens: int) -> Callable[[], object]:
-    """A full step of FLUX's MLP policy: both products, caches and group means."""
+    """A full step of FLUX's MLP policy: both products with biases, caches and group means."""
     import torch
 
     from chipmunk_kernels.delta.mlp import MlpDelta, MlpWeights
@@ -172,9 +172,10 @@ def mlp_step(tokens: int) -> Callable[[], object]:
     assert policy is not None
     shapes = ((12288, 3072), (3072, 12288))
     up, down = (torch.randn(*s, dtype=torch.bfloat16, device="cuda") * s[1] ** -0.5 for s in shapes)
+    up_bias, down_bias = (torch.randn(s[0], dtype=torch.bfloat16, device="cuda") for s in shapes)
     x = torch.randn(1, tokens, 3072, dtype=torch.bfloat16, device="cuda")
     delta = MlpDelta(policy)
-    weights = MlpWeights(up, None, down, None, lambda: down.t().contiguous())
+    weights = MlpWeights(up, up_bias, down, down_bias, lambda: down.t().contiguous())
     last = policy.schedule.first - 1
 
     def step() -> object:
@@ -202,22 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
     with torch.no_grad():
-        for name, make in (
-            ("mlp", lambda: mlp_step(options.mlp_tokens)),
-            ("attention", lambda: attention_step(options.heads, options.tokens)),
+        for label, side, make in (
+            ("mlp", True, lambda: mlp_step(options.mlp_tokens)),
+            ("attention-beside", True, lambda: attention_step(options.heads, options.tokens)),
+            ("attention-in-place", False, lambda: attention_step(options.heads, options.tokens)),
         ):
-            for side in (True, False):
-                Side.enabled = side
-                label = f"{name}-{'beside' if side else 'in-place'}"
-                found = record(make())
-                numbers = summary(found)
-                report[label] = numbers | {"intervals": [asdict(part) for part in found]}
-                (options.out / f"timeline-{label}.html").write_text(picture(label, found))
-                print(
-                    f"{label:<20} {numbers['span_us']:10.1f} us, beside: {numbers['side_us']:.1f} us, "
-                    f"of which hidden {numbers['hidden_us']:.1f} us",
-                    flush=True,
-                )
+            Side.enabled = side
+            found = record(make())
+            numbers = summary(found)
+            report[label] = numbers | {"intervals": [asdict(part) for part in found]}
+            (options.out / f"timeline-{label}.html").write_text(picture(label, found))
+            print(
+                f"{label:<20} {numbers['span_us']:10.1f} us, beside: {numbers['side_us']:.1f} us, "
+                f"of which hidden {numbers['hidden_us']:.1f} us",
+                flush=True,
+            )
     (options.out / "timeline.json").write_text(json.dumps(report, indent=1))
     return 0
 

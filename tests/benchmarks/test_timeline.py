@@ -72,5 +72,6 @@ def test_a_recording(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--heads", "6", "--tokens", "4096", "--mlp-tokens", "1024"]
     assert timeline.main(options) == 0
     report = json.loads((tmp_path / "timeline.json").read_text())
-    assert report["mlp-beside"]["side_us"] > 0 and report["mlp-in-place"]["side_us"] == 0
+    assert report["attention-beside"]["side_us"] > 0
+    assert report["attention-in-place"]["side_us"] == report["mlp"]["side_us"] == 0
     assert (tmp_path / "timeline-attention-beside.html").read_text().count("<rect") > 3
