@@ -247,6 +247,8 @@ class _Progress:
 
     def round(self, name: str, problems: int) -> None:
         self._round = name
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.set_description(name, refresh=False)
         self._bar.reset(total=problems)
 
     def problem(self, label: str) -> None:
