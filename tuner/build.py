@@ -28,6 +28,10 @@ STARTUP_S = 120.0
 """A worker imports torch and opens the device before its first task; that is not the candidate's fault."""
 
 
+class DeviceLost(RuntimeError):
+    """The device's context is gone; this process cannot go on, another can."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A candidate to build and verify, in plain values that travel to another process."""

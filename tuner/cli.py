@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from tuner.hardware import Hardware
-    from tuner.session import Result, Session
+    from tuner.session import Session
+    from tuner.tuning import Result
     from tuner.workload import LabelledProblem, Workload
 
 DEFAULT_BUDGET_S = {"cpu": 120.0, "cuda": 300.0}
@@ -49,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
     )
     how = it.add_argument_group("how hard to try")
     how.add_argument(
-        "--budget", type=_positive, metavar="SECONDS", help="for the whole run (120 CPU, 300 GPU)"
+        "--budget",
+        type=_positive,
+        metavar="SECONDS",
+        help="for the whole run (120 CPU, 300 GPU); a first look at every problem is taken whatever it costs",
     )
     how.add_argument("--trials", type=_count, metavar="N", help="candidates per problem (as time allows)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs and search (0)")
@@ -135,13 +139,13 @@ class _Run:
         self._store = Store(self._storage)
         _say(f"{hardware.name}: {len(items)} problems of workload {workload.name}, profile {path}")
         self._bench = open_bench(device, (item.problem.dtype for item in items), self._store)
-        self._results: list[Result] = []
+        self._results: dict[LabelledProblem, Result] = {}
         self._budget_s = args.budget or DEFAULT_BUDGET_S[device.type]
         self._started = time.monotonic()
 
     def go(self) -> int:
         """Tune every problem, write each result at once, show all of them."""
-        from tuner.session import DeviceLost
+        from tuner.build import DeviceLost
 
         interrupted = False
         try:
@@ -157,18 +161,20 @@ class _Run:
         if interrupted:
             _say("interrupted; what was finished is written, the same command goes on from here")
             return 130
-        return 0 if any(result.entry for result in self._results) else 1
+        self._say_what_is_left()
+        return 0 if any(result.entry for result in self._results.values()) else 1
 
     def _tune(self) -> None:
         session = self._session()
         if self._args.fresh:
             for item in self._items:
                 session.forget(item)
-        with _Progress(len(self._items)) as progress:
-            session.on_trial = progress.trial
+        with _Progress() as progress:
+            session.on_round = progress.round
             session.on_problem = progress.problem
+            session.on_trial = progress.trial
             for result in session.run(self._items):
-                self._results.append(result)
+                self._results[result.item] = result
                 if result.entry is not None:
                     self._writer.put(result.entry)
                 progress.result(result)
@@ -176,7 +182,8 @@ class _Run:
     def _session(self) -> Session:
         from chipmunk_kernels.profiles import Profile, find
         from tuner.search import open_storage
-        from tuner.session import Session, Settings
+        from tuner.session import Session
+        from tuner.tuning import Settings
 
         finalists = FINALISTS[self._bench.device.type]
         settings = Settings(self._args.seed, self._args.trials, self._budget_s, finalists)
@@ -186,19 +193,27 @@ class _Run:
     def _show(self) -> None:
         from tuner.report import as_json, table
 
-        order = {item: number for number, item in enumerate(self._items)}
-        self._results.sort(key=lambda result: order[result.item])
+        results = [self._results[item] for item in self._items if item in self._results]
         if self._args.json:
             document = {
                 "device": self._bench.hardware.as_dict(),
                 "profile": str(self._path),
                 "storage": str(self._storage),
-                "problems": as_json(self._results),
+                "problems": as_json(results),
             }
             print(json.dumps(document, indent=2))
         else:
-            print(table(self._results))
+            print(table(results))
             print(f"\nprofile: {self._path}\ntrials:  {self._storage}")
+
+    def _say_what_is_left(self) -> None:
+        entries = [result.entry for result in self._results.values() if result.entry is not None]
+        left = [each for each in entries if each.evidence["search"]["stopped_by"] == "first round"]
+        if left:
+            _say(
+                f"the budget of {self._budget_s:g} s left no search to {len(left)} of {len(self._items)} "
+                "problems: they have their first round's best; the same command goes on from here"
+            )
 
     def _restart(self, error: Exception) -> int:
         """Go on in a new process: a CUDA context that an illegal access ended cannot be opened again here."""
@@ -216,13 +231,13 @@ class _Run:
 
 
 class _Progress:
-    """A bar on stderr: problems done, and the present one's candidates."""
+    """A bar on stderr: the round's problems done, and the present one's candidates."""
 
-    def __init__(self, problems: int) -> None:
+    def __init__(self) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=problems, unit="problem", file=sys.stderr, dynamic_ncols=True)
-        self._label, self._trials, self._best_ms = "", 0, float("inf")
+        self._bar = tqdm(unit="problem", file=sys.stderr, dynamic_ncols=True)
+        self._round, self._trials, self._best_ms = "", 0, float("inf")
 
     def __enter__(self) -> _Progress:
         return self
@@ -230,9 +245,15 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
+    def round(self, name: str, problems: int) -> None:
+        self._round = name
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.set_description(name, refresh=False)
+        self._bar.reset(total=problems)
+
     def problem(self, label: str) -> None:
-        self._label, self._trials, self._best_ms = label, 0, float("inf")
-        self._bar.set_description(label)
+        self._trials, self._best_ms = 0, float("inf")
+        self._bar.set_description(f"{self._round}: {label}")
 
     def trial(self, candidate: Any, outcome: Any) -> None:
         self._trials += 1

@@ -54,14 +54,19 @@ def evidence(
             "search_policy": bench.policy.as_dict(),
             **({"sm_clock_mhz": clocks} if None not in clocks else {}),
         },
-        "search": {
-            "statuses": progress.statuses(),
-            "stopped_by": progress.stopped_by,
-            "build_s": significant(progress.build_s(), 4),
-        },
+        "search": search_evidence(progress),
         "toolchain": dict(bench.toolchain),
         "kernel_source": kernel_hash(winner.kernel),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def search_evidence(progress: Progress) -> dict[str, Any]:
+    """How many candidates were tried, with which outcome, and why not more."""
+    return {
+        "statuses": progress.statuses(),
+        "stopped_by": progress.stopped_by,
+        "build_s": significant(progress.build_s(), 4),
     }
 
 

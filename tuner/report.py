@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from tuner.session import Result
+from tuner.tuning import Result
 
 HEADERS = (
     "operation",

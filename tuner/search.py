@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,11 @@ class Progress:
 
     Attributes:
         outcomes: key → outcome of every candidate with a record, earlier runs included.
-        fresh: how many were run this time.
-        stopped_by: `exhausted`, `trials` or `time`.
+        stopped_by: `exhausted`, `trials`, `time`, or `first round` where only what was known beforehand is
+            tried.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    fresh: int = 0
     stopped_by: str = ""
 
     def ranking(self) -> list[str]:
@@ -70,12 +69,15 @@ class Progress:
         return math.inf if best is None else best
 
 
-def best_of_others(space: Space, progress: Progress, winner: str) -> dict[str, dict[str, Any]]:
-    """The fastest settings of every backend but the winner's, as the search timed them."""
+def best_of_others(
+    space: Space, progress: Progress, winner: str, failed: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """The fastest settings of every backend but the winner's, as the search timed them; `failed` are keys
+    of those that a later check found wrong."""
     best: dict[str, dict[str, Any]] = {}
     for key in progress.ranking():
         candidate = space.candidates[key]
-        if candidate.kernel.backend != winner:
+        if candidate.kernel.backend != winner and key not in failed:
             best.setdefault(candidate.kernel.backend, candidate.settings.as_dict())
     return best
 
@@ -131,15 +133,22 @@ class Study:
         """Try these first."""
         self._queue += list(candidates)
 
-    def propose(self, tried: set[str]) -> Candidate | None:
-        """The next candidate that is not in `tried` and not proposed already; None when there is none
-        left."""
+    def left(self, tried: set[str]) -> list[Candidate]:
+        """Candidates that are not in `tried` and not proposed already."""
+        return [
+            candidate
+            for key, candidate in self._space.candidates.items()
+            if key not in tried and key not in self._open
+        ]
+
+    def propose(self, tried: set[str], known_only: bool = False) -> Candidate | None:
+        """The next candidate of those `left`, or only of those enqueued; None when there is none."""
         taken = tried | set(self._open)
         while self._queue:
             candidate = self._queue.pop(0)
             if candidate.key not in taken:
                 return self._ask_for(candidate)
-        left = [candidate for key, candidate in self._space.candidates.items() if key not in taken]
+        left = [] if known_only else self.left(tried)
         if not left:
             return None
         for _ in range(min(PROPOSALS_PER_TRIAL, len(left))):
@@ -181,28 +190,30 @@ def search(
     width: int = 1,
     trials: int | None = None,
     deadline: float = math.inf,
+    known_only: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Propose and evaluate, `width` candidates at a time, until nothing is left, or trials or time are up.
 
-    `trials` counts recorded ones, so that a resumed search ends where an uninterrupted one would have. The
-    first batch runs whatever the time: a problem without a single timing would be of no use.
+    `trials` counts recorded ones, so that a resumed search ends where an uninterrupted one would have.
+    `known_only`: only what is enqueued. The first batch runs whatever the time: a video's inputs have taken
+    some by now, for nothing otherwise.
     """
     study.learn(progress.outcomes)
+    progress.stopped_by, before = "", len(progress.outcomes)
     while not progress.stopped_by:
-        room = width if trials is None else min(width, trials - len(progress.outcomes))
+        tried = set(progress.outcomes)
+        room = width if trials is None else min(width, trials - len(tried))
         if room <= 0:
             progress.stopped_by = "trials"
-        elif progress.fresh and clock() >= deadline:
+        elif len(tried) > before and clock() >= deadline:
             progress.stopped_by = "time"
         else:
-            tried = set(progress.outcomes)
-            batch = [c for c in (study.propose(tried) for _ in range(room)) if c is not None]
+            batch = [c for c in (study.propose(tried, known_only) for _ in range(room)) if c is not None]
             if not batch:
-                progress.stopped_by = "exhausted"
+                progress.stopped_by = "first round" if study.left(tried) else "exhausted"
             for candidate, outcome in evaluate(batch):
                 progress.outcomes[candidate.key] = outcome
-                progress.fresh += 1
                 study.tell(candidate, outcome)
     return progress
 

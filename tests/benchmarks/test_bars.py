@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from chipmunk_kernels.problem import Problem
 from suites.benchmarks.bars import run as run_module
 from suites.benchmarks.bars import tasks
 from suites.benchmarks.bars.__main__ import main
-from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
+from suites.benchmarks.bars.costs import WARM_UP, extra_mib, fastest_us, launch_us, smallest
 from suites.benchmarks.bars.run import Plan, hopeless, run
 from suites.benchmarks.bars.tasks import DENSE, Row, Task
 from tests.benchmarks.cases import RIGHT, attention, timed
@@ -220,6 +221,44 @@ def test_costs_are_counted_where_they_can_be() -> None:
         assert (small.width, small.group_size) == (item.problem.width, item.problem.group_size)
 
 
+def test_a_launch_costs_what_it_does_on_an_undisturbed_host() -> None:
+    """One batch in ten is undisturbed, the others take twice as long; both calls feel that alike."""
+    now = [0.0]
+    pauses: list[float] = []
+    drained: list[float] = []
+    collecting: list[bool] = []
+
+    def lasting(us: float) -> Callable[[], None]:
+        def call() -> None:
+            collecting.append(gc.isenabled())
+            now[0] += us * 1e-6 * (1.0 if len(pauses) % 10 == 0 else 2.0)
+
+        return call
+
+    ours, torchs = fastest_us(
+        [lasting(12.0), lasting(4.0)], lambda: drained.append(now[0]), pauses.append, lambda: now[0]
+    )
+    assert (ours, torchs) == (pytest.approx(12.0), pytest.approx(4.0))
+    assert len(pauses) >= 20 and len(drained) == 2 * len(pauses)
+    each = len(collecting) // len(drained)
+    assert each < 100 and gc.isenabled()
+    batches = [collecting[start : start + each] for start in range(0, len(collecting), each)]
+    assert all(batch[0] and not any(batch[WARM_UP:]) for batch in batches), "garbage waits for a batch's end"
+
+
+def test_a_call_that_fails_leaves_garbage_collection_as_it_was() -> None:
+    calls: list[bool] = []
+
+    def fail() -> None:
+        calls.append(gc.isenabled())
+        if not calls[-1]:
+            raise RuntimeError("no launch")
+
+    with pytest.raises(RuntimeError, match="no launch"):
+        fastest_us([fail], lambda: None, lambda seconds: None)
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize("operation", ["gather_columns", "scatter_columns"])
 def test_a_copy_of_its_size_is_timed_beside_what_moves_columns(operation: str) -> None:
     shape = {"rows": 300, "columns": 400, "width": 128, "dtype": "float32", "density": 0.2}
@@ -243,7 +282,7 @@ def test_memory_and_launches_on_a_gpu() -> None:
     kernel = registry.kernel("gather_columns", "triton")
     memory, launch = extra_mib(case, kernel, kernel.settings()), launch_us(case, kernel, kernel.settings())
     assert memory is not None and 0 <= memory < 1
-    assert launch is not None and 1 < launch < 1000
+    assert launch is not None and 1 < launch.torch_us < launch.us < 1000
     peer = registry.kernel("gather_columns", "torch")
     more = extra_mib(case, peer, peer.settings())
     assert more is not None and more > memory

@@ -97,6 +97,19 @@ def test_limits_bind_the_worst_kernel_of_each_backend() -> None:
     assert {each.problem for each in found} == {"a"}
 
 
+def test_a_launch_of_torchs_own_shows_how_fast_the_host_was() -> None:
+    item = attention("a")
+    rows = [
+        timed(item, "cupy", 1.0, launch_us=12.0, torch_launch_us=4.04),
+        timed(item, "triton", 1.0, launch_us=80.0, torch_launch_us=8.1),
+        timed(item, "torch", 1.0),
+    ]
+    made = report([item], rows)
+    assert "a launch of torch's own add: 4.0 to 8.1 us beside these rows" in made.text()
+    assert [row["torch_launch_us"] for row in made.as_dict()["rows"]] == [4.04, 8.1, None]
+    assert "own add" not in report([item], rows[2:]).text()
+
+
 def test_every_reason_is_told_once() -> None:
     items = [attention("a", Bar("speedup", 2.0)), attention("b")]
     made = report([], [])

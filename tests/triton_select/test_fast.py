@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chipmunk_kernels.backends.triton import select, select_fast
+from chipmunk_kernels.backends.triton import select, select_fast, select_scratch
 from chipmunk_kernels.backends.triton.device import register_share
 from chipmunk_kernels.backends.triton.select import Row, SelectSettings, coverage_columns, topk_columns
 from chipmunk_kernels.backends.triton.select_fast import Plan, packed
+from chipmunk_kernels.backends.triton.select_scratch import SCRATCH_BYTES, Chunk, chunk
 from reference import select as truth
 from tests.triton_select.cases import DEVICE, SMALL, always_mask, assert_same_columns, awkward_scores
 
@@ -142,3 +143,85 @@ def test_contests_that_share_a_multiprocessor_fit_its_registers() -> None:
         registers = register_share(per_unit, warps, 64)
         assert 64 <= registers <= 255 and registers * 32 * warps * per_unit <= 65536
     assert register_share(8, 8, 64) == 64
+
+
+def scratch_of(groups: int, columns: int, heads: int, plan: Plan, shared: bool) -> tuple[Chunk, int]:
+    """The chunk on an H200 and all scratch of the call; `shared`: one row of always-kept columns for all."""
+    width = math.ceil(columns / 32)
+    row_bytes, list_bytes, taken = 4 * width + 4, 8 * plan.size, 4 * width * (1 if shared else groups)
+    part = chunk(heads * groups, row_bytes, list_bytes, 4 * 132, 132, taken)
+    return part, part.bytes(row_bytes, list_bytes) + taken
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("heads", "groups"), [(24, 619), (24, 931), (3, 619), (1, 7), (240, 619)])
+def test_scratch_stays_below_the_bound_at_the_size_of_a_video(heads: int, groups: int, shared: bool) -> None:
+    plan = Plan.make(119056, 5953, 256, 1191)
+    assert plan is not None
+    part, total = scratch_of(groups, 119056, heads, plan, shared)
+    assert total <= SCRATCH_BYTES < 64 << 20
+    assert 1 <= part.programs <= part.rows <= heads * groups
+    if part.programs >= 132:
+        assert part.programs % 132 == 0, "no multiprocessor has less to do than another"
+    assert part.rows in (heads * groups, part.rows // part.programs * part.programs)
+
+
+def test_a_chunk_of_hunyuan_video_fills_the_device_twice() -> None:
+    plan = Plan.make(119056, 5953, 256, 1191)
+    assert plan is not None
+    part, _ = scratch_of(619, 119056, 24, plan, shared=False)
+    assert part == Chunk(rows=1056, programs=264)
+
+
+def test_even_one_row_beyond_the_bound_is_a_chunk() -> None:
+    assert chunk(100, 2 * SCRATCH_BYTES, 3 * SCRATCH_BYTES, 528, 132) == Chunk(1, 1)
+    assert chunk(100, 4, 8, 528, 132, taken=2 * SCRATCH_BYTES) == Chunk(100, 100)
+
+
+@pytest.mark.usefixtures("short_lists")
+@pytest.mark.parametrize("kept", [False, True], ids=["scores", "kept"])
+def test_chunks_choose_what_one_would(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks over two batch entries, the last one ragged; some rows mislead the sample."""
+    batch, heads, groups, columns, k, random = 2, 2, 3, 704, 30, 11
+    scores = awkward_scores(batch, heads, groups, columns, seed=3)
+    smooth = torch.randn(batch, heads, groups, columns, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    scores[:, 0], length = smooth[:, 0], columns - 3
+    keep, window = (KEEP, 4) if kept else ((), 0)
+    always = always_mask(groups, columns, GROUP_SIZE, keep, window, length)
+    capacity = (0 if always is None else int(always.sum(-1).max())) + k + random
+    arguments = (scores, k, always, random, 77, length, capacity, SMALL)
+    whole = topk_columns(*arguments)
+
+    chunks: list[Chunk] = []
+
+    def small(rows: int, *sizes: int) -> Chunk:
+        chunks.append(Chunk(rows=5, programs=2))
+        return chunks[-1]
+
+    monkeypatch.setattr(select, "chunk", small)
+    parts = topk_columns(*arguments)
+    assert len(chunks) == 1 and batch * heads * groups % 5 != 0
+    assert torch.equal(whole[1], parts[1])
+    slots = torch.arange(capacity, device=DEVICE) < whole[1].unsqueeze(-1)
+    assert torch.equal(whole[0].where(slots, 0), parts[0].where(slots, 0))
+    expected = truth.topk_columns(scores.cpu(), k, GROUP_SIZE, keep, window, random, 77, length)
+    assert_same_columns(parts, expected, columns)
+
+
+@pytest.mark.usefixtures("short_lists")
+def test_a_small_bound_makes_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated stays below it; marks of all 60 rows at once would not."""
+    scores = torch.randn(1, 10, 6, 1000, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    monkeypatch.setattr(select_scratch, "SCRATCH_BYTES", 4096)
+    made: list[int] = []
+    empty = torch.empty
+
+    def note(*shape: int, **options: object) -> Tensor:
+        result = empty(*shape, **options)  # type: ignore[call-overload]
+        made.append(result.nbytes)
+        return result
+
+    monkeypatch.setattr(select.torch, "empty", note)
+    counts = shortlist(scores, 40, 10)[1]
+    assert 2048 < sum(made) <= 4096 < 60 * 4 * 32
+    assert counts.eq(50).all()

@@ -15,6 +15,7 @@ from chipmunk_kernels.backends.triton.select import (
     coverage_columns,
     topk_columns,
 )
+from chipmunk_kernels.backends.triton.select_scratch import SCRATCH_BYTES
 from tests.triton_mlp.cases import on_side_stream, poisoned_memory, replay
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,28 @@ def test_video_rows(k: int, random: int) -> None:
     assert_equal_sets(ours, peer.topk_columns(*arguments, peer.SelectSettings()))
     assert int(ours[0].min()) >= 0
     assert int(ours[0].max()) < VIDEO_COLUMNS
+
+
+def test_chunks_of_video_rows_stay_within_the_scratch_memory() -> None:
+    """Three chunks of four heads: the same columns as the peer's, every time, in a graph too."""
+    scores, k, random = mass(1, 4, 619, VIDEO_COLUMNS), 5953, 1190
+    always = text_and_window(619, VIDEO_COLUMNS, VIDEO_COLUMNS)
+    arguments = (k, always, random, 42, VIDEO_COLUMNS, 512 + k + random)
+
+    def choose(x: Tensor) -> tuple[Tensor, Tensor]:
+        return topk_columns(x, *arguments, DEFAULT)
+
+    ours = choose(scores)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    again = choose(scores)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in again)
+    assert extra <= SCRATCH_BYTES + (1 << 20)
+    assert_equal_sets(ours, peer.topk_columns(scores, *arguments, peer.SelectSettings()))
+    del again
+    check_repeats(scores, choose)
 
 
 @pytest.mark.parametrize(

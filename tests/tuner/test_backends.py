@@ -16,11 +16,13 @@ from chipmunk_kernels.profiles import Profile
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import choice
 from tests.tuner.fakes import PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_run
-from tuner import sources
+from tuner import sources, tuning
 from tuner import space as space_module
-from tuner.session import Session, Settings
+from tuner.session import Session
 from tuner.space import MOST_LISTED, Space
 from tuner.store import Store
+from tuner.tuning import Settings
+from tuner.verify import Check
 from tuner.workload import LabelledProblem, load_workload
 
 CUDA = torch.device("cuda:0")
@@ -103,7 +105,7 @@ def test_a_search_over_backends_ends_in_a_profile_that_dispatch_follows(
     item = LabelledProblem("means", PROBLEM)
     store = Store(tmp_path / "trials.db")
     session = Session(fake_bench(FakeTimer()), store, None, Settings(budget_s=1e6), Profile.empty())
-    (result,) = session.run((item,))
+    *_, result = session.run((item,))
     assert result.entry is not None and result.entry.backend == "cupy_hopper"
     assert result.entry.settings == {"speed": 1, "fault": "none"}
 
@@ -122,6 +124,56 @@ def test_a_search_over_backends_ends_in_a_profile_that_dispatch_follows(
     profile = Profile(entries=(result.entry,))
     kernel, settings = dispatch.select(PROBLEM, "cpu", profile=profile)
     assert kernel.backend == "cupy_hopper" and settings == HopperSettings(speed=1)
+
+
+def hopper_wins(folder: Path) -> tuple[Store, Session, LabelledProblem]:
+    store = Store(folder / "trials.db")
+    session = Session(fake_bench(FakeTimer()), store, None, Settings(budget_s=1e6), Profile.empty())
+    return store, session, LabelledProblem("means", PROBLEM)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "kernels", fake_kernels)
+    monkeypatch.setattr(registry, "unavailable", lambda backend, device: None)
+
+
+def test_every_entry_has_the_best_settings_of_other_backends(
+    tmp_path: Path, everything_available: None, fakes: None
+) -> None:
+    """After a first round, after a search, and where a run of before wrote the entry without them."""
+    store, session, item = hopper_wins(tmp_path)
+    first, searched = (result.entry for result in session.run((item,)))
+    assert first is not None and searched is not None
+    assert first.backend == searched.backend == "cupy_hopper"
+    assert {name: each["speed"] for name, each in first.other_backends.items()} == {"cupy": 8, "torch": 8}
+    best = {"speed": 2, "fault": "none"}
+    assert searched.other_backends == {"cupy": best, "torch": best}
+
+    ((key, _),) = store._db.execute("SELECT context, entry FROM verdicts").fetchall()
+    store.save_verdict(key, {**searched.as_dict(), "other_backends": {}})
+    (again,) = session.run((item,))
+    assert again.reused and again.entry == searched
+
+
+def test_other_backends_leave_out_what_fails_on_other_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything_available: None, fakes: None
+) -> None:
+    verify = tuning.verify
+
+    def picky(kernel: Kernel, settings: FakeSettings, *rest: object) -> Check:
+        if kernel.backend == "cupy" and settings.speed == 2:
+            return Check(1.0, 0.5, "small case, means")
+        return verify(kernel, settings, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "verify", picky)
+    _, session, item = hopper_wins(tmp_path)
+    *_, result = session.run((item,))
+    assert result.entry is not None
+    assert {name: each["speed"] for name, each in result.entry.other_backends.items()} == {
+        "cupy": 4,
+        "torch": 2,
+    }
 
 
 def test_defaults_are_tried_first_even_where_they_call_themselves_a_misfit(

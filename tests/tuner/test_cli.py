@@ -16,8 +16,8 @@ import torch
 
 from chipmunk_kernels import profiles
 from tuner import profile_writer
+from tuner.build import DeviceLost
 from tuner.cli import MAX_RESTARTS, RESTARTS, main
-from tuner.session import DeviceLost
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = """

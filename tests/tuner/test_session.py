@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,56 +11,18 @@ from chipmunk_kernels import registry
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.profiles import Entry, Profile
 from tests.tuner.fakes import KERNEL, PROBLEM, FakeSettings, FakeTimer, fake_bench, fake_kernels
-from tuner import session as session_module
-from tuner.build import Answer, InlineBuilder, PoolBuilder, Task, check
+from tests.tuner.world import FITTING, ITEM, RIGHT, World, last
+from tuner import evaluate, tuning
+from tuner.build import DeviceLost, PoolBuilder, check
 from tuner.hardware import Ceilings
 from tuner.measure import CpuTimer
-from tuner.search import Progress, Study, best_of_others, open_storage
-from tuner.session import DeviceLost, Result, Session, Settings
+from tuner.search import Progress, Study, best_of_others
+from tuner.session import Session
 from tuner.space import Candidate, Space
 from tuner.store import Outcome, Store
+from tuner.tuning import Settings
 from tuner.verify import Check
 from tuner.workload import LabelledProblem
-
-ITEM = LabelledProblem("a problem", PROBLEM)
-# 4 speeds × 6 faults, of which the 6 of speed 6 never fit.
-FITTING, RIGHT = 18, 3
-
-
-class NoteTaker(InlineBuilder):
-    """Builds as usual and notes what was built."""
-
-    def __init__(self) -> None:
-        super().__init__(check)
-        self.tasks: list[Task] = []
-
-    def run(self, tasks: Sequence[Task], limit_s: float) -> Iterator[tuple[int, Answer]]:
-        self.tasks += tasks
-        return super().run(tasks, limit_s)
-
-
-class World:
-    """One store on disk, and a session for each run of the command."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "trials.db"
-        self.store = Store(self.path)
-        # Optuna's tables cost a quarter of a second a session: for the tests that are about them only.
-        self.persistent = False
-        self.timer, self.builder = FakeTimer(), NoteTaker()
-
-    def session(self, known: Profile | None = None, **settings: object) -> Session:
-        bench = fake_bench(self.timer, self.builder)
-        values = Settings(**{"budget_s": 1000.0, **settings})  # type: ignore[arg-type]
-        storage = open_storage(self.path) if self.persistent else None
-        return Session(bench, self.store, storage, values, known or Profile.empty(), self.timer.clock)
-
-    def run(self, **settings: object) -> Result:
-        self.builder.tasks.clear()
-        return next(iter(self.session(**settings).run((ITEM,))))  # type: ignore[arg-type]
-
-    def tried(self) -> list[str]:
-        return [f"{task.settings['speed']} {task.settings['fault']}" for task in self.builder.tasks]
 
 
 @pytest.fixture
@@ -159,8 +120,8 @@ def test_a_kill_between_trials_loses_and_repeats_nothing(world: World, persisten
 
 def test_edited_sources_outdate_what_is_recorded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run()
-    monkeypatch.setattr(session_module, "kernel_hash", lambda kernel: "edited")
-    monkeypatch.setattr(session_module, "kernels_hash", lambda kernels: "edited")
+    monkeypatch.setattr(evaluate, "kernel_hash", lambda kernel: "edited")
+    monkeypatch.setattr(tuning, "kernels_hash", lambda kernels: "edited")
     assert not world.run().reused
     assert len(world.tried()) == FITTING
 
@@ -202,14 +163,14 @@ def test_no_right_candidate_is_a_result_with_reasons(world: World, monkeypatch: 
 def test_a_candidate_that_fails_on_other_inputs_does_not_win(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = session_module.verify
+    verify = tuning.verify
 
     def picky(kernel: registry.Kernel, settings: FakeSettings, *rest: object) -> Check:
         if settings.speed == 2:
             return Check(1.0, 0.5, "small case, means")
         return verify(kernel, settings, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session_module, "verify", picky)
+    monkeypatch.setattr(tuning, "verify", picky)
     result = world.run()
     assert result.entry is not None and result.entry.settings["speed"] == 4
 
@@ -220,21 +181,10 @@ def test_faster_than_the_roofline_is_invalid_not_a_win(world: World) -> None:
     slow = dataclasses.replace(bench.ceilings, bandwidth_gbs=1e-6)  # one byte a microsecond
     bench.ceilings = slow
     session = Session(bench, world.store, None, Settings(), Profile.empty(), world.timer.clock)
-    result = next(iter(session.run((ITEM,))))
+    (result,) = last(session.run((ITEM,)))
     assert result.entry is None and result.counts["invalid"] == RIGHT
     outcomes = [record.outcome for record in world.store.records(session.identity(ITEM))]
     assert any("beats the roofline" in outcome.reason for outcome in outcomes)
-
-
-def test_the_budget_is_shared_and_what_is_not_reached_says_so(world: World) -> None:
-    items = tuple(
-        LabelledProblem(f"{rows} rows", Problem("group_mean", rows, 8, 8, dtype="float32", group_size=32))
-        for rows in (70, 80, 90)
-    )
-    results = list(world.session(budget_s=0.1).run(items))
-    assert results[0].entry is not None
-    assert results[0].entry.evidence["search"]["stopped_by"] == "time"
-    assert results[-1].entry is None and "budget" in results[-1].note
 
 
 def test_a_search_that_ran_out_of_time_goes_on_next_time(world: World) -> None:
@@ -247,7 +197,7 @@ def test_a_search_that_ran_out_of_time_goes_on_next_time(world: World) -> None:
 def test_a_lost_device_ends_the_process_but_not_the_record(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "device_alive", lambda device: False)
+    monkeypatch.setattr(evaluate, "device_alive", lambda device: False)
     session = world.session()
     with pytest.raises(DeviceLost, match="launch failed"):
         list(session.run((ITEM,)))
@@ -312,7 +262,7 @@ def test_a_session_with_worker_processes_finds_and_records_the_same_way(tmp_path
     bench.timer = timer
     session = Session(bench, store, None, Settings(trials=3, budget_s=60.0), Profile.empty())
     try:
-        (result,) = session.run((LabelledProblem("columns", problem),))
+        (result,) = last(session.run((LabelledProblem("columns", problem),)))
     finally:
         bench.builder.close()
     assert result.entry is not None and result.counts == {"ok": 3}
@@ -330,7 +280,7 @@ def test_calls_that_shapes_do_not_describe_are_searched_apart(tmp_path: Path) ->
     bench = fake_bench(FakeTimer())
     bench.timer, bench.ceilings = CpuTimer(1 << 20), Ceilings(1e3, {"bfloat16": 1.0})
     session = Session(bench, store, None, Settings(trials=1, budget_s=60.0), Profile.empty())
-    results = list(session.run(items))
+    results = last(session.run(items))
     assert all(result.entry is not None and not result.reused for result in results)
     for item in items:
         (record,) = store.records(session.identity(item))

@@ -34,6 +34,7 @@ from chipmunk_kernels.backends.triton.select_fast import (
 )
 from chipmunk_kernels.backends.triton.select_keys import append, finish, locate
 from chipmunk_kernels.backends.triton.select_radix import select_kernel
+from chipmunk_kernels.backends.triton.select_scratch import chunk
 from chipmunk_kernels.backends.triton.select_short import contest_kernel, contest_shape
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
@@ -50,7 +51,8 @@ class SelectSettings(LaunchSettings):
         num_warps: warps per program of these two.
         mark_columns: columns per thread while marking the candidates of a long row.
         contest_warps: warps of a program that holds the contests of long rows.
-        per_unit: such programs per multiprocessor; its registers hold 32 of their warps on sm_90.
+        per_unit: most such programs per multiprocessor, fewer where their lists exceed the scratch memory;
+            its registers hold 32 of their warps on sm_90.
     """
 
     block: int = choice(2048, 1024, 2048, 4096, 8192, 16384)
@@ -168,32 +170,37 @@ class Row:
         )  # fmt: skip
 
     def shortlist(self, plan: Plan, settings: SelectSettings) -> None:
-        """Long rows whose candidates are few; marks those that the sample misled."""
+        """Long rows whose candidates are few, some at a time; marks those that the sample misled."""
         marks = None if self.always is None else packed(self.always, self.length)
         device, rows, kept = self.scores.device, self.rows, self.kinds["HAS_ALWAYS"]
         step = settings.mark_columns * MARK_WARPS
         blocks = triton.cdiv(self.length, 32 * step)
         width = triton.cdiv(self.length, 32)
-        floors = torch.empty(rows, dtype=torch.float32, device=device)
-        words = torch.empty(rows, width, dtype=torch.int32, device=device)
-        programs = min(rows, units(device) * settings.per_unit)
-        scratch = torch.empty(programs, 3 * plan.size, dtype=torch.int32, device=device)
+        list_bytes, processors = 2 * 4 * plan.size, units(device)
+        taken = 0 if marks is None else marks.untyped_storage().nbytes()
+        part = chunk(rows, 4 * width + 4, list_bytes, processors * settings.per_unit, processors, taken)
+        floors = torch.empty(part.rows, dtype=torch.float32, device=device)
+        words = torch.empty(part.rows, width, dtype=torch.int32, device=device)
+        scratch = torch.empty(part.programs, 2 * plan.size, dtype=torch.int32, device=device)
         bound, (scores, always, indices, counts) = _signed(plan.bound), self._tensors(marks)
         k, random, seed = self.wanted
-        estimate_kernel[(rows,)](
-            scores, always, floors, plan.share, *self.extent, self.length, *self._strides(marks),
-            HAS_ALWAYS=kept, SAMPLE=SAMPLE, CLUSTER=CLUSTER, num_warps=ESTIMATE_WARPS,
-        )  # fmt: skip
-        mark_kernel[(rows * blocks,)](
-            scores, always, floors, words, seed, bound, *self.extent, self.length, blocks,
-            *self._strides(marks), width, STEP=step, num_warps=MARK_WARPS, **self.kinds,
-        )  # fmt: skip
-        shortlist_kernel[(programs,)](
-            scores, always, floors, words, indices, counts, scratch, k, random, seed, bound,
-            *self.extent, rows, *self.room, *self._strides(marks), width,
-            **shortlist_shape(plan.size, settings.contest_warps), **self.kinds,
-            maxnreg=register_share(settings.per_unit, settings.contest_warps, FEWEST_REGISTERS),
-        )  # fmt: skip
+        together = triton.cdiv(part.programs, processors)
+        registers = register_share(together, settings.contest_warps, FEWEST_REGISTERS)
+        for first in range(0, rows, part.rows):
+            some = min(part.rows, rows - first)
+            estimate_kernel[(some,)](
+                scores, always, floors, plan.share, first, *self.extent, self.length, *self._strides(marks),
+                HAS_ALWAYS=kept, SAMPLE=SAMPLE, CLUSTER=CLUSTER, num_warps=ESTIMATE_WARPS,
+            )  # fmt: skip
+            mark_kernel[(some * blocks,)](
+                scores, always, floors, words, seed, bound, first, *self.extent, self.length, blocks,
+                *self._strides(marks), width, STEP=step, num_warps=MARK_WARPS, **self.kinds,
+            )  # fmt: skip
+            shortlist_kernel[(min(some, part.programs),)](
+                scores, always, floors, words, indices, counts, scratch, k, random, seed, bound,
+                first, *self.extent, some, *self.room, *self._strides(marks), width,
+                **shortlist_shape(plan.size, settings.contest_warps), **self.kinds, maxnreg=registers,
+            )  # fmt: skip
 
     def search(self, settings: SelectSettings, left_over: bool) -> None:
         """Any row; with `left_over` only those marked."""

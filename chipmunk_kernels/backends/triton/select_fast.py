@@ -130,23 +130,23 @@ def _estimate(
     return score_of(prefix)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "length"])
+@triton.jit(do_not_specialize=["first", "heads", "groups", "length"])
 def estimate_kernel(
-    scores, always, floors, share, heads, groups, length,
+    scores, always, floors, share, first, heads, groups, length,
     stride_b, stride_h, stride_g, stride_always,
     HAS_ALWAYS: tl.constexpr, SAMPLE: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
-    """The score from which a row's columns are candidates."""
+    """The score from which a row's columns are candidates, for a chunk of rows from the `first`."""
     row = tl.program_id(0)
-    b, h, g = locate(row, heads, groups)
+    b, h, g = locate(first + row, heads, groups)
     scores += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
     always += g.to(tl.int64) * stride_always
     tl.store(floors + row, _estimate(scores, always, length, share, HAS_ALWAYS, SAMPLE, CLUSTER))
 
 
-@triton.jit(do_not_specialize=["seed", "bound", "heads", "groups", "length", "blocks"])
+@triton.jit(do_not_specialize=["seed", "bound", "first", "heads", "groups", "length", "blocks"])
 def mark_kernel(
-    scores, always, floors, words, seed, bound, heads, groups, length, blocks,
+    scores, always, floors, words, seed, bound, first, heads, groups, length, blocks,
     stride_b, stride_h, stride_g, stride_always, stride_words,
     RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def mark_kernel(
     ten times the instructions.
     """
     row = tl.program_id(0) // blocks
-    b, h, g = locate(row, heads, groups)
+    b, h, g = locate(first + row, heads, groups)
     line = scores + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
     word = tl.program_id(0) % blocks * STEP + tl.arange(0, STEP)
     n = (word * 32)[:, None] + tl.arange(0, 32)[None, :]
@@ -227,19 +227,20 @@ def _complete(scores, always, keys, listed, held, floor, HAS_ALWAYS: tl.constexp
 
 
 @triton.jit
-def _draw(keys, listed, lots, held, threshold, last, place, bound, PART: tl.constexpr):
-    """Put its hash beside each column that the scores left over, 0 beside the others; how many have one."""
+def _draw(keys, listed, held, threshold, last, place, bound, PART: tl.constexpr):
+    """Put its hash in the key's place beside each column that the scores left over, 0 beside the others, and
+    the sign bit on those that the scores kept; how many have a hash."""
     competitors = tl.zeros((PART,), tl.int32)
     for start in range(0, held, PART):
         slot = start + tl.arange(0, PART)
         key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
         entry = tl.load(listed + slot)
+        best = precedes(key, slot, threshold, last)
         hashed = mix(place ^ entry.to(tl.uint32))
-        competes = (
-            (slot < held) & (entry >= 0) & (precedes(key, slot, threshold, last) == 0) & (hashed >= bound)
-        )
+        competes = (slot < held) & (entry >= 0) & (best == 0) & (hashed >= bound)
         hashed = tl.where(competes, hashed, 0).to(tl.uint32)
-        tl.store(lots + slot, hashed.to(tl.int32, bitcast=True))
+        tl.store(keys + slot, hashed.to(tl.int32, bitcast=True))
+        tl.store(listed + slot, tl.where(best, entry | -2147483648, entry))
         # A hash of 0 cannot compete, and as the smallest it need not: it is drawn where all that is left is.
         competitors += (hashed != 0).to(tl.int32)
     return tl.sum(competitors)
@@ -308,27 +309,30 @@ def _ties_before(keys, held, threshold, end, PART: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["k", "random", "seed", "bound", "heads", "groups", "rows", "length", "capacity"]
-)
+    do_not_specialize=[
+        "k", "random", "seed", "bound", "first", "heads", "groups", "rows", "length", "capacity",
+    ]
+)  # fmt: skip
 def shortlist_kernel(
     scores, always, floors, words, indices, counts, scratch,
-    k, random, seed, bound, heads, groups, rows, length, capacity,
+    k, random, seed, bound, first, heads, groups, rows, length, capacity,
     stride_b, stride_h, stride_g, stride_always, stride_words,
     RANDOM: tl.constexpr, HAS_ALWAYS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Long rows whose candidates are marked, one after the other: list them, hold the contest among them.
 
-    Keys, columns and hashes lie in a program's own scratch memory, which the caches hold; in registers they
-    would leave room for one row a multiprocessor. Barriers stand where threads read what others wrote.
+    Columns and their keys, later hashes, lie in a program's own scratch memory, which the caches hold; in
+    registers they would leave room for one row a multiprocessor. Barriers stand where threads read what
+    others wrote, or write what others read.
     """
     bound = bound.to(tl.uint32)
     for number in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
         row = tl.cast(number, tl.int32)
         # The program's own number, as a value of the loop: addresses kept from row to row would only spill.
-        keys = scratch + (row % tl.num_programs(0)).to(tl.int64) * (3 * SIZE)
+        keys = scratch + (row % tl.num_programs(0)).to(tl.int64) * (2 * SIZE)
         listed = keys + SIZE
-        lots = keys + 2 * SIZE
-        b, h, g = locate(row, heads, groups)
+        decided = first + row
+        b, h, g = locate(decided, heads, groups)
         line = scores + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + g.to(tl.int64) * stride_g
         marks = always + g.to(tl.int64) * stride_always
         place = place_of(seed, b, h, g)
@@ -347,25 +351,23 @@ def shortlist_kernel(
             drawn, drawn_last = threshold, last
             if RANDOM:
                 extras = random.to(tl.int32)
-                left = _draw(keys, listed, lots, held, threshold, last, place, bound, PART)
+                tl.debug_barrier()
+                left = _draw(keys, listed, held, threshold, last, place, bound, PART)
                 tl.debug_barrier()
                 drawn, drawn_last = _cut_listed(
-                    lots, held, left, extras, bound, tl.full((), 0xFFFFFFFF, tl.uint32), SIZE, PART
+                    keys, held, left, extras, bound, tl.full((), 0xFFFFFFFF, tl.uint32), SIZE, PART
                 )
                 enough = enough & (left >= extras)
             if enough:
                 written = tl.full((), 0, tl.int32)
-                out = indices + row.to(tl.int64) * capacity
+                out = indices + decided.to(tl.int64) * capacity
                 for start in range(0, held, PART):
                     slot = start + tl.arange(0, PART)
                     entry = tl.load(listed + slot)
                     key = tl.load(keys + slot).to(tl.uint32, bitcast=True)
-                    kept = (entry < 0) | precedes(key, slot, threshold, last)
-                    if RANDOM:
-                        lot = tl.load(lots + slot).to(tl.uint32, bitcast=True)
-                        kept = kept | precedes(lot, slot, drawn, drawn_last)
+                    kept = (entry < 0) | precedes(key, slot, drawn, drawn_last)
                     written = append(out, entry & 0x7FFFFFFF, kept, written, capacity)
-        finish(indices + row.to(tl.int64) * capacity, counts, row, written, capacity, PART)
+        finish(indices + decided.to(tl.int64) * capacity, counts, decided, written, capacity, PART)
         tl.debug_barrier()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from dataclasses import replace
-from statistics import median
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,9 +15,27 @@ from chipmunk_kernels.settings import LaunchSettings
 from tuner.problem import MUTATED, Case, make_case
 from tuner.verify import compared_rows
 
-LAUNCHES, BATCHES = 100, 7
-"""Launches back to back stay below the 1024 that the driver queues: more, and the host waits for the
-device."""
+BATCHES, LAUNCHES = 24, 50
+"""Launches back to back stay far below the 1024 that the driver queues: more, and the host waits for the
+device. Short batches, since one undisturbed is enough."""
+PAUSE_S = 0.005
+"""Between batches, each of which takes a millisecond: what disturbs a host lasts longer than that."""
+WARM_UP = 5
+"""Launches before a batch that do not count: after a pause the first find caches and clocks cold."""
+
+
+@dataclass(frozen=True)
+class LaunchCost:
+    """Time of the host for one call, in us, each the minimum over batches.
+
+    Attributes:
+        us: of the call in question.
+        torch_us: of `torch.add(a, b, out=c)` on a few numbers, in batches between those of the call. Nothing
+            of it is ours: where it is twice what it is elsewhere, the host is twice as slow.
+    """
+
+    us: float
+    torch_us: float
 
 
 def extra_mib(case: Case, kernel: Kernel, settings: LaunchSettings) -> float | None:
@@ -36,8 +55,8 @@ def extra_mib(case: Case, kernel: Kernel, settings: LaunchSettings) -> float | N
     return (peak - results) / 2**20
 
 
-def launch_us(case: Case, kernel: Kernel, settings: LaunchSettings) -> float | None:
-    """Median host time of one call in µs, many in a row on a problem that leaves the device nearly idle.
+def launch_us(case: Case, kernel: Kernel, settings: LaunchSettings) -> LaunchCost | None:
+    """Host time of one call on a problem that leaves the device nearly idle.
 
     None on a CPU, and where the kernel cannot run so small a problem with these settings.
     """
@@ -51,14 +70,59 @@ def launch_us(case: Case, kernel: Kernel, settings: LaunchSettings) -> float | N
         torch.cuda.synchronize(device)
     except RuntimeError:
         return None
-    batches = []
+    return launch_cost(lambda: kernel.run(*arguments), device)
+
+
+def launch_cost(call: Callable[[], object], device: torch.device) -> LaunchCost:
+    """Host time of a call that launches on a CUDA device, and of a launch of torch's own beside it."""
+    a, b, out = (torch.zeros(8, device=device) for _ in range(3))
+    ours, torchs = fastest_us(
+        [call, lambda: torch.add(a, b, out=out)], lambda: torch.cuda.synchronize(device), pause=time.sleep
+    )
+    return LaunchCost(ours, torchs)
+
+
+def fastest_us(
+    calls: Sequence[Callable[[], object]],
+    drain: Callable[[], None],
+    pause: Callable[[float], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """The least time of each call in us, a batch's mean: batches of all calls in turn, spread in time.
+
+    The minimum, not the median, as `timeit` documents: other processes, interrupts and clocks only ever add
+    to what a call costs, so the least is nearest to what the code itself takes. Medians of launches of one
+    kind were 11 us in one minute and 24 in another.
+
+    Args:
+        calls: each has been called before, and compiles nothing.
+        drain: waits for what was launched, so that no batch finds the device's queue filled.
+        pause: sleeps for some seconds.
+        clock: seconds.
+    """
+    fastest = [float("inf")] * len(calls)
     for _ in range(BATCHES):
-        started = time.perf_counter()
+        pause(PAUSE_S)
+        for number, call in enumerate(calls):
+            fastest[number] = min(fastest[number], _batch_s(call, clock) / LAUNCHES * 1e6)
+            drain()
+    return fastest
+
+
+def _batch_s(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of a batch; collecting garbage, which is not the call's, waits until it is over."""
+    for _ in range(WARM_UP):
+        call()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        started = clock()
         for _ in range(LAUNCHES):
-            kernel.run(*arguments)
-        batches.append((time.perf_counter() - started) / LAUNCHES)
-        torch.cuda.synchronize(device)
-    return median(batches) * 1e6
+            call()
+        return clock() - started
+    finally:
+        if collects:
+            gc.enable()
 
 
 def smallest(problem: Problem) -> Problem:

@@ -206,9 +206,17 @@ class Report:
                 "",
                 *self._reasons(),
                 f"ceilings in this run: matrix products {peaks}; copy {ceilings.bandwidth_gbs:.0f} GB/s",
+                *self._yardstick(),
                 f"{sum(verdict.met for verdict in verdicts)} of {len(verdicts)} bars met",
             ]
         )
+
+    def _yardstick(self) -> list[str]:
+        """How fast the host was while launches were timed, by a launch that is none of ours."""
+        values = [row.torch_launch_us for row in self.rows if row.torch_launch_us is not None]
+        if not values:
+            return []
+        return [f"a launch of torch's own add: {min(values):.1f} to {max(values):.1f} us beside these rows"]
 
     def _reasons(self) -> list[str]:
         """Why rows have no timing, each reason once, and which baselines could not run."""
@@ -252,6 +260,7 @@ class Report:
             "correctness": row.check and asdict(row.check),
             "extra_mib": row.extra_mib,
             "launch_us": row.launch_us and significant(row.launch_us, 3),
+            "torch_launch_us": row.torch_launch_us and significant(row.torch_launch_us, 3),
         }
 
 

@@ -85,7 +85,8 @@ class Row:
         share_of_copy: copy over kernel, by rounds.
         check: the worst error against float64 at full size.
         extra_mib: memory of a call beyond inputs and results; None where it cannot be told.
-        launch_us: host time of one launch; None where nothing is launched.
+        launch_us: host time of one call, at its fastest; None where nothing is launched.
+        torch_launch_us: of a launch of torch's own in the same batches: whether the host was slow.
     """
 
     item: LabelledProblem
@@ -104,6 +105,7 @@ class Row:
     check: Check | None = None
     extra_mib: float | None = None
     launch_us: float | None = None
+    torch_launch_us: float | None = None
 
 
 def chosen(task: Task) -> tuple[Kernel, LaunchSettings]:
@@ -152,6 +154,7 @@ def measure(task: Task) -> Row:
     if subject.copy is not None:
         works[COPY] = subject.copy
     samples, _ = interleave(works, subject.timer, max_seconds=task.max_seconds, warm_up_s=WARM_UP_S)
+    launch = launch_us(subject.case, kernel, settings)
     return Row(
         task.item,
         task.backend,
@@ -166,7 +169,8 @@ def measure(task: Task) -> Row:
         share_of_copy=paired_ratio(samples[COPY], samples[task.backend]) if COPY in samples else None,
         check=check,
         extra_mib=extra_mib(subject.case, kernel, settings),
-        launch_us=launch_us(subject.case, kernel, settings),
+        launch_us=launch.us if launch else None,
+        torch_launch_us=launch.torch_us if launch else None,
     )
 
 
