@@ -23,6 +23,9 @@ WIDTH, ROW = 1600, 34  # of the picture, in pixels
 COLOURS = ("#4878a8", "#d1783c", "#5a9e5a", "#a05a9e", "#b8a03c", "#5ab0b0", "#c05060", "#7a6a50")
 OTHERS = "#a0a0a0"
 NAME = 70  # letters of a kernel's name in the legend
+HEAD_START = 50_000_000
+"""Clock cycles for which the device spins first, so that it never waits for a host that a profiler slows down."""
+SPIN = "spin_kernel"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def intervals(trace: dict[str, Any]) -> list[Interval]:
     found = [
         (event["ts"], event["ts"] + event["dur"], event["name"], int(event["args"]["stream"]))
         for event in trace["traceEvents"]
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and SPIN not in event["name"]
     ]
     first = min((start for start, *_ in found), default=0.0)
     ordered = sorted(found)
@@ -132,6 +135,7 @@ def record(step: Callable[[], object]) -> list[Interval]:
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
+        torch.cuda._sleep(HEAD_START)
         step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:

@@ -85,6 +85,7 @@ struct Block {
     Group named[16];
     std::vector<Group> warps;
     std::vector<unsigned long long> exchanged;
+    bool any = false;  // of __syncthreads_or
 };
 
 static std::vector<Fiber*> fibers;
@@ -122,6 +123,15 @@ static void meet(Group& group, int threads) {
 }
 static Block& here() { return blocks[me->block]; }
 static void __syncthreads() { meet(here().named[0], block_threads); }
+static int __syncthreads_or(int value) {
+    Block& block = here();
+    block.any |= value != 0;
+    __syncthreads();
+    const bool result = block.any;
+    __syncthreads();
+    block.any = false;
+    return result;
+}
 static void named_sync(int barrier, int threads) { meet(here().named[barrier], threads); }
 static void named_arrive(int barrier, int threads) {
     Group& group = here().named[barrier];

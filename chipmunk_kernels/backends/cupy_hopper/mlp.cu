@@ -54,8 +54,8 @@ constexpr int DOWN_PASSES = WIDTH / OUTPUT_PASS;
 // the indices that lead to them have arrived.
 constexpr int STEPS_BEFORE_PREFETCH = 2;
 // 65536 registers, shared among the warpgroups in eights.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 104 : CONSUMERS == 2 ? 56 : CONSUMERS == 3 ? 56 : 64;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 224 : CONSUMERS == 3 ? 152 : 104;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 104 : CONSUMERS == 2 ? 72 : CONSUMERS == 3 ? 56 : 64;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 216 : CONSUMERS == 3 ? 152 : 104;
 constexpr int PRODUCERS_BARRIER = 1;
 constexpr int FIRST_CONSUMER_BARRIER = 2;
 constexpr int POLL_NS = 64;
@@ -169,11 +169,12 @@ __device__ __forceinline__ Tile tile_of(const Problem& p, int number) {
     return tile;
 }
 
-// The next tile that has work, or one of kind END.
-__device__ __forceinline__ Tile claim(const Problem& p) {
+__device__ __forceinline__ int claim(const Problem& p) { return atomicAdd(p.claimed(), 1); }
+
+// The first tile from the claimed one on that has work, or one of kind END.
+__device__ __forceinline__ Tile first_with_work(const Problem& p, int number) {
     const int all = p.bands * p.band * p.parts * (p.up_blocks + p.down_blocks);
-    while (true) {
-        const int number = atomicAdd(p.claimed(), 1);
+    for (;; number = claim(p)) {
         Tile tile;
         tile.kind = END;
         if (number >= all) return tile;
@@ -279,6 +280,9 @@ __device__ __forceinline__ Tile take(const Shared& shared, int turn) {
 }
 
 // ---- Producer ------------------------------------------------------------------------------------------------
+// Between a tile's last copies and the next one's first lie a claim, what that tile waits for, and its indices: each
+// takes an access to L2. So the claim is made some steps earlier, though not sooner: who claims a tile keeps it from
+// others that may be idle. And indices come while one thread waits.
 // A thread copies chunk `thread % 8` of the rows `thread / 8 + 16 i`: eight threads read 128 bytes of a row.
 
 // Global offsets are in units of 16 bytes, so that 32 bits reach 64 GiB.
@@ -286,8 +290,15 @@ __device__ __forceinline__ const unsigned char* chunk_at(const void* base, unsig
     return static_cast<const unsigned char*>(base) + static_cast<unsigned long long>(chunks) * 16;
 }
 
+constexpr int STEPS_AFTER_CLAIM = 4;
+
+// Where among `depth` features or neurons the next tile is claimed.
+__device__ __forceinline__ int claim_step(int depth) {
+    return max((depth - 1) / DEPTH - STEPS_AFTER_CLAIM, 0) * DEPTH;
+}
+
 __device__ __forceinline__ void load_up(
-    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread, int& claimed) {
     constexpr int B_ROWS = WIDE / ROWS_AT_ONCE;
     const int chunk = thread % CHUNKS, row = thread / CHUNKS;
     const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
@@ -295,17 +306,20 @@ __device__ __forceinline__ void load_up(
 #pragma unroll
     for (int i = 0; i < B_ROWS; ++i)
         // Past the last, again the last: what it adds to a product is discarded.
-        neurons[i] = __ldg(indices + min(tile.block * WIDE + row + i * ROWS_AT_ONCE, tile.count - 1));
+        neurons[i] = load_constant(indices + min(tile.block * WIDE + row + i * ROWS_AT_ONCE, tile.count - 1));
+    named_sync(PRODUCERS_BARRIER, WARPGROUP);
 #pragma unroll
     for (int i = 0; i < B_ROWS; ++i) neurons[i] *= static_cast<unsigned>(p.w1_f / CHUNK_ELEMENTS);
     const Element* w = p.w1 + chunk * CHUNK_ELEMENTS;
     const unsigned place = swizzled(row, chunk);
+    const int claim_at = claim_step(p.width);
     for (int start = 0; start < p.width; start += DEPTH) {
         barrier_wait(shared.empty(at.stage), at.phase ^ 1);
         if (thread == 0) {
             barrier_arrive_expect(shared.full(at.stage), A_BYTES);
             // Tokens of the next group come along; nobody uses them.
             tensor_load_4d(shared.a(at.stage), p.x, shared.full(at.stage), start, tile.first, 0, tile.batch);
+            if (start == claim_at) claimed = claim(p);
         }
         const unsigned b = shared.b(at.stage) + place;
         if (start + DEPTH <= p.width) {
@@ -324,7 +338,7 @@ __device__ __forceinline__ void load_up(
 }
 
 __device__ __forceinline__ void load_down(
-    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread) {
+    const Problem& p, const Tile& tile, const Shared& shared, Position& at, int thread, int& claimed) {
     constexpr int B_ROWS = DEPTH / ROWS_AT_ONCE, B_TILES = WIDE / TILE_WIDTH;
     const int chunk = thread % CHUNKS, row = thread / CHUNKS;
     const int* indices = p.indices + static_cast<index_t>(tile.row) * p.capacity;
@@ -338,8 +352,10 @@ __device__ __forceinline__ void load_down(
 #pragma unroll
     for (int i = 0; i < B_ROWS; ++i) {
         slots[i] = slot_of(row + i * ROWS_AT_ONCE);
-        neurons[i] = __ldg(indices + min(slots[i], tile.count - 1));
+        neurons[i] = load_constant(indices + min(slots[i], tile.count - 1));
     }
+    named_sync(PRODUCERS_BARRIER, WARPGROUP);
+    const int claim_at = claim_step(tile.count);
     for (int start = 0; start < tile.count; start += DEPTH) {
         unsigned next[B_ROWS];
 #pragma unroll
@@ -349,6 +365,7 @@ __device__ __forceinline__ void load_down(
         if (thread == 0) {
             barrier_arrive_expect(shared.full(at.stage), A_BYTES);
             bulk_load(shared.a(at.stage), delta, A_BYTES, shared.full(at.stage));
+            if (start == claim_at) claimed = claim(p);
         }
         const unsigned b = shared.b(at.stage) + place;
         delta += A_BYTES;
@@ -374,20 +391,20 @@ __device__ __forceinline__ void load_down(
 
 __device__ __forceinline__ void produce(const Problem& p, const Shared& shared, int thread) {
     Position at;
+    int claimed = thread == 0 ? claim(p) : 0;
     for (int turn = 0;; ++turn) {
         if (thread == 0) {
             barrier_wait(shared.taken(turn), (turn >> 1 & 1) ^ 1);
-            const Tile claimed = claim(p);
-            post(shared, turn, claimed);
-            if (claimed.kind != END) await_inputs(p, claimed);
+            const Tile next = first_with_work(p, claimed);
+            post(shared, turn, next);
+            if (next.kind != END) await_inputs(p, next);
             fence_async_proxy_global();
         }
         __syncwarp();
         const Tile tile = take(shared, turn);
         if (tile.kind == END) break;
-        named_sync(PRODUCERS_BARRIER, WARPGROUP);
-        if (tile.kind == UP) load_up(p, tile, shared, at, thread);
-        else load_down(p, tile, shared, at, thread);
+        if (tile.kind == UP) load_up(p, tile, shared, at, thread, claimed);
+        else load_down(p, tile, shared, at, thread, claimed);
     }
     copies_commit();
     copies_wait<0>();
@@ -804,15 +821,14 @@ __device__ __forceinline__ void consume(const Problem& p, const Shared& shared, 
 }
 
 // The last block to end leaves the counters as the next launch wants them, which saves it a launch that does.
-__device__ __forceinline__ void clear_counters(const Problem& p, const Shared& shared) {
+__device__ __forceinline__ void clear_counters(const Problem& p) {
     __syncthreads();
-    int& last = shared.tile(0).kind;
+    int last = 0;
     if (threadIdx.x == 0) {
         __threadfence();
         last = atomicAdd(p.left(), 1) == static_cast<int>(gridDim.x) - 1;
     }
-    __syncthreads();
-    if (last)
+    if (__syncthreads_or(last))
         for (int i = threadIdx.x; i < p.counters(); i += THREADS) p.state[i] = 0;
 }
 
@@ -856,5 +872,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse_mlp(
         take_registers<CONSUMER_REGISTERS>();
         consume(p, shared, warpgroup);
     }
-    clear_counters(p, shared);
+    clear_counters(p);
 }
