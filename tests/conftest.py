@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tests.turns import turn
+
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, so it must be set before any test module imports a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
-
-QUEUE, ROOM = Path(__file__), Path(__file__).with_name("__init__.py")
-"""Whatever the checkout's test workers lock to take turns; neither is written."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,25 +39,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Where pytest-xdist runs several workers, an `alone` test runs while the others wait."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    with _turn(alone=item.get_closest_marker("alone") is not None):
+    with turn(alone=item.get_closest_marker("alone") is not None):
         return (yield)
-
-
-@contextmanager
-def _turn(alone: bool) -> Iterator[None]:
-    """In the room there are many, or one that is alone. Who waits to be alone holds the queue up, so that
-    the room empties."""
-    import fcntl
-
-    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-    with ROOM.open() as room:
-        with QUEUE.open() as queue:
-            fcntl.flock(queue, kind)
-            fcntl.flock(room, kind)
-        try:
-            yield
-        finally:  # closing it would not do where a test has forked: the lock is also the child's
-            fcntl.flock(room, fcntl.LOCK_UN)
 
 
 @pytest.fixture(scope="session")
