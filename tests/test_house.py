@@ -128,6 +128,7 @@ def test_every_console_script_is_checked_here() -> None:
     assert sorted(project()["scripts"]) == sorted(SCRIPTS)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_console_script_helps_within_half_a_second(name: str) -> None:
     entry = project()["scripts"][name]

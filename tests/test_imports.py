@@ -152,6 +152,7 @@ print(time.perf_counter() - start)
 """
 
 
+@pytest.mark.alone
 def test_the_kernels_import_alone_and_quickly() -> None:
     """With torch and nothing else installed, and within half a second beyond `import torch`."""
     command, seconds = [sys.executable, "-c", WITHOUT_EXTRAS], []

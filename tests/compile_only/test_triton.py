@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from chipmunk_kernels.backends.triton import resources
+
 TARGETS = ("sm_80", "sm_90", "sm_100")
 KERNELS = (
     "dense_attention",
@@ -76,13 +78,17 @@ def test_attention_fits_the_smallest_gpus(rows: list[Row]) -> None:
         assert all(int(str(row["shared_bytes"])) <= 99 * 1024 for row in of(rows, kernel, "sm_80"))
 
 
-def test_wrong_arguments_say_what_is_right() -> None:
-    wrong = report("--targets", "h100")
-    assert wrong.returncode == 2 and "expected names such as sm_90, got h100" in wrong.stderr
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "chipmunk_kernels.backends.triton.resources"]
-    interpreted = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert interpreted.returncode == 2 and "unset it" in interpreted.stderr
+def test_wrong_arguments_say_what_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for arguments, message in (
+        (["--targets", "h100"], "expected names such as sm_90, got h100"),
+        ([], "unset it"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            resources.main(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_table_of_one_kernel() -> None:

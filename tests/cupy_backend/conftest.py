@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cupy_backend.emulate import COMPILER
@@ -9,8 +11,8 @@ from tests.cupy_backend.warps import Warps
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Warps:
+def host(compiled: Path) -> Warps:
     """Warps on the host; each source is compiled once a session."""
     if COMPILER is None:
         pytest.skip("no C++ compiler on PATH")
-    return Warps(tmp_path_factory.mktemp("warps"))
+    return Warps(compiled)

@@ -7,8 +7,10 @@ launches them, on a machine without a GPU. Inline PTX does nothing here, so floa
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,14 +81,20 @@ class Emulator:
         kernel(blocks, threads, tuple(pointers))
 
     def _compile(self, source: Source) -> ctypes.CDLL:
-        assert COMPILER is not None
-        name = self.folder / f"emulated{len(self.libraries)}"
-        name.with_suffix(".cpp").write_text(BEFORE + source.code() + AFTER)
-        defines = [f"-D{macro}={value}" for macro, value in source.defines]
-        subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *defines,
-             "-o", str(name.with_suffix(".so")), str(name.with_suffix(".cpp"))],
-            check=True,
-        )  # fmt: skip
-        self.libraries[source] = ctypes.CDLL(str(name.with_suffix(".so")))
+        code = BEFORE + source.code() + AFTER
+        self.libraries[source] = built(code, source, self.folder, "-O1")
         return self.libraries[source]
+
+
+def built(code: str, source: Source, folder: Path, *flags: str) -> ctypes.CDLL:
+    """`code` with the macros of `source`, compiled once for all processes that share the folder."""
+    assert COMPILER is not None
+    macros = (f"-D{name}={value}" for name, value in source.defines)
+    options = ["-std=c++17", "-w", "-shared", "-fPIC", *flags, *macros]
+    library = folder / f"{hashlib.sha256(repr((code, options)).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        own = Path(tempfile.mkdtemp(dir=folder))
+        (own / "kernels.cpp").write_text(code)
+        subprocess.run([COMPILER, *options, "-o", own / "kernels.so", own / "kernels.cpp"], check=True)
+        (own / "kernels.so").replace(library)
+    return ctypes.CDLL(str(library))

@@ -120,8 +120,9 @@ class Usage:
     shared_bytes: int
 
 
+@functools.cache
 def compile_for(source: Source, architecture: str) -> bytes:
-    """The source, compiled by the package's own code."""
+    """The source, compiled by the package's own code, once for all tests that look at it."""
     with installed_as_cupy():
         return compile_binary(source.code(), source.file, source.options(architecture))
 

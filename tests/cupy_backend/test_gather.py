@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ SETTINGS = gather.GatherSettings(block_columns=8, threads=64, in_flight=2)
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def emulator(compiled: Path) -> Emulator:
     if COMPILER is None:
         pytest.skip("no C++ compiler on PATH")
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+    return Emulator(compiled)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chipmunk_kernels.backends.cupy.module import Source
-from tests.cupy_backend.emulate import COMPILER
+from tests.cupy_backend.emulate import built
 
 _RUNTIME = Path(__file__).with_name("warps.cpp")
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(.*?\) (\w+)\(')
@@ -131,16 +129,7 @@ class Warps:
         return text
 
     def _compile(self, source: Source) -> ctypes.CDLL:
-        assert COMPILER is not None
-        path = Path(tempfile.mkdtemp(dir=self.folder)) / "kernels"
-        path.with_suffix(".cpp").write_text(self.text(source))
-        defines = [f"-D{macro}={value}" for macro, value in source.defines]
-        subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", *defines,
-             "-o", str(path.with_suffix(".so")), str(path.with_suffix(".cpp"))],
-            check=True,
-        )  # fmt: skip
-        self.libraries[source] = ctypes.CDLL(str(path.with_suffix(".so")))
+        self.libraries[source] = built(self.text(source), source, self.folder, "-O1", "-U_FORTIFY_SOURCE")
         return self.libraries[source]
 
 

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <vector>
 
 using std::max;
@@ -67,9 +69,10 @@ struct Product_ {
     float rows[2][16];
 };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf at;
     unsigned block, thread;
-    bool done = false;
+    bool begun = false, done = false;
     const volatile int* waits_for = nullptr;
     int while_equal = 0;
     std::deque<Copy> copies;
@@ -91,7 +94,7 @@ struct Block {
 static std::vector<Fiber*> fibers;
 static std::vector<Block> blocks;
 static Fiber* me;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static unsigned long long progress, random_state;
 static unsigned block_threads;
 constexpr unsigned SHARED_START = 1024;
@@ -102,7 +105,16 @@ static unsigned draw() {
     random_state ^= random_state << 17;
     return static_cast<unsigned>(random_state >> 11);
 }
-static void yield() { swapcontext(&me->context, &scheduler); }
+// By jumps: to swap contexts takes two system calls each time.
+static void yield() {
+    if (!_setjmp(me->at)) _longjmp(scheduler, 1);
+}
+static void resume(Fiber* fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber->begun) _longjmp(fiber->at, 1);
+    fiber->begun = true;
+    setcontext(&fiber->start);
+}
 static void wait_while(const volatile int* word, int value) {
     while (*word == value) {
         me->waits_for = word;
@@ -467,7 +479,7 @@ static int run_blocks(Body kernel, int count, int threads, int shared_bytes, uns
     gridDim.x = count;
     random_state = seed * 2654435761u + 88172645463325252ull;
     blocks = std::vector<Block>(count);
-    std::vector<unsigned char> stacks(static_cast<size_t>(count) * threads * STACK);
+    const std::unique_ptr<char[]> stacks(new char[static_cast<size_t>(count) * threads * STACK]);
     for (int b = 0; b < count; ++b) {
         blocks[b].memory.assign(shared_bytes, 0xff);  // NaNs
         blocks[b].shared = blocks[b].memory.data() - SHARED_START;
@@ -479,11 +491,11 @@ static int run_blocks(Body kernel, int count, int threads, int shared_bytes, uns
         Fiber* fiber = new Fiber;
         fiber->block = i / threads;
         fiber->thread = i % threads;
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = stacks.data() + static_cast<size_t>(i) * STACK;
-        fiber->context.uc_stack.ss_size = STACK;
-        fiber->context.uc_link = nullptr;
-        makecontext(&fiber->context, enter, 0);
+        getcontext(&fiber->start);
+        fiber->start.uc_stack.ss_sp = stacks.get() + static_cast<size_t>(i) * STACK;
+        fiber->start.uc_stack.ss_size = STACK;
+        fiber->start.uc_link = nullptr;
+        makecontext(&fiber->start, enter, 0);
         fibers.push_back(fiber);
     }
     int left = count * threads, failed = 0;
@@ -499,7 +511,7 @@ static int run_blocks(Body kernel, int count, int threads, int shared_bytes, uns
             me = fiber;
             blockIdx.x = fiber->block;
             threadIdx.x = fiber->thread;
-            swapcontext(&scheduler, &fiber->context);
+            resume(fiber);
             if (fiber->done) --left;
         }
         idle = progress == last ? idle + 1 : 0;

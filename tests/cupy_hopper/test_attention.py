@@ -26,8 +26,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
+def folder(compiled: Path) -> Path:
+    return compiled
 
 
 class FewBlocks(Emulator):

@@ -79,10 +79,10 @@ def host_map(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(compiled: Path) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler on PATH")
-    return tmp_path_factory.mktemp("colsum")
+    return compiled
 
 
 @pytest.fixture(autouse=True)

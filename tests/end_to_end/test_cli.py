@@ -17,6 +17,7 @@ Run = Callable[..., tuple[int, str, str]]
 TINY = ("flux", "--random-weights", "tiny", "--device", "cpu")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [

@@ -23,6 +23,7 @@ from tests.factories import attention_inputs, mlp_inputs, randn, scattered_colum
 ROUNDS = 3
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(
         not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -19,47 +20,57 @@ pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
 PROGRAM = """
 import importlib, json, sys
 from chipmunk_kernels.backends.triton.resources import _compile, _usage
-operation, stages, warps, changes = json.loads(sys.argv[1])
-file = importlib.import_module(f"chipmunk_kernels.backends.triton.{operation}")
-_, kernel, signature, constexprs, _, _ = file.COMPILE_CASES[0]
-constexprs = constexprs | changes
-binary = _compile(kernel, signature, constexprs, 90, warps, stages)
-registers, stack = _usage(binary.asm["cubin"])
-print(json.dumps([binary.asm["ttgir"], registers, stack, binary.metadata.shared]))
+for operation, stages, warps, changes in json.loads(sys.argv[1]):
+    file = importlib.import_module(f"chipmunk_kernels.backends.triton.{operation}")
+    _, kernel, signature, constexprs, _, _ = file.COMPILE_CASES[0]
+    binary = _compile(kernel, signature, constexprs | changes, 90, warps, stages)
+    print(json.dumps([binary.asm["ttgir"], *_usage(binary.asm["cubin"]), binary.metadata.shared]))
 """
 
+# Operation, stages, warps, and constants in the place of those of the operation's compile case.
+Case = tuple[str, int, int, dict[str, int]]
+OVERLAPPED: list[Case] = [
+    ("sparse_attention", stages, 8, {"BLOCK_N": block_n, "OVERLAP": True, "PEEL_TAIL": True})
+    for block_n, stages in ((64, 3), (128, 2), (128, 3))
+] + [("dense_attention", stages, 8, {"BLOCK_N": 128, "OVERLAP": True}) for stages in (2, 3)]
+IN_ORDER: Case = ("sparse_attention", 3, 8, {"BLOCK_N": 64, "OVERLAP": False})
+MASKED_TAIL: Case = ("sparse_attention", 2, 8, {"BLOCK_N": 32, "OVERLAP": False, "PEEL_TAIL": False})
+COLUMN_SUMS: list[Case] = [("colsum_attention", 2, 4, {"REST_Q": rest}) for rest in (0, 64, 128)]
+CASES = [*OVERLAPPED, IN_ORDER, MASKED_TAIL, *COLUMN_SUMS]
 
-def compiled(operation: str, stages: int, warps: int, **changes: object) -> tuple[str, int, int, int]:
-    """The loop with products in Triton's GPU dialect, and registers, stack and shared bytes, for sm_90.
+Compiled = tuple[str, int, int, int]
+"""The loop with products in Triton's GPU dialect, and registers, stack and shared bytes, for sm_90."""
 
-    `changes` replace constants of the operation's compile case.
-    """
+
+@pytest.fixture(scope="module")
+def answers() -> list[str]:
+    """A line a case, from one process: to start one takes longer than to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps([operation, stages, warps, changes])]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
     assert done.returncode == 0, done.stderr
-    text, registers, stack, shared = json.loads(done.stdout)
-    loops = [
-        found[1] for found in re.findall(r"^( *)(\S[^\n]*scf\.for .*?)^\1\}", text, re.DOTALL | re.MULTILINE)
-    ]
-    main = [loop for loop in loops if "ttng.warp_group_dot " in loop]
-    assert len(main) == 1, f"{len(main)} loops with products"
-    return main[0], registers, stack, shared
+    return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("operation", "block_n", "stages"),
-    [
-        ("sparse_attention", 64, 3),
-        ("sparse_attention", 128, 2),
-        ("sparse_attention", 128, 3),
-        ("dense_attention", 128, 2),
-        ("dense_attention", 128, 3),
-    ],
-)
-def test_what_is_in_flight(operation: str, block_n: int, stages: int) -> None:
-    peel = {"PEEL_TAIL": True} if operation == "sparse_attention" else {}
-    loop, registers, stack, shared = compiled(operation, stages, 8, BLOCK_N=block_n, OVERLAP=True, **peel)
+@pytest.fixture
+def compiled(answers: list[str]) -> Callable[[Case], Compiled]:
+    def of(case: Case) -> Compiled:
+        text, registers, stack, shared = json.loads(answers[CASES.index(case)])
+        loops = [
+            found[1]
+            for found in re.findall(r"^( *)(\S[^\n]*scf\.for .*?)^\1\}", text, re.DOTALL | re.MULTILINE)
+        ]
+        main = [loop for loop in loops if "ttng.warp_group_dot " in loop]
+        assert len(main) == 1, f"{len(main)} loops with products"
+        return main[0], registers, stack, shared
+
+    return of
+
+
+@pytest.mark.parametrize("case", OVERLAPPED, ids=str)
+def test_what_is_in_flight(case: Case, compiled: Callable[[Case], Compiled]) -> None:
+    loop, registers, stack, shared = compiled(case)
+    stages = case[1]
     assert stack == 0, f"{stack} bytes spill beside {registers} registers"
     assert shared <= 227 * 1024
     # The logits are waited for, the product with the values is not: softmax comes between it and the end.
@@ -72,25 +83,27 @@ def test_what_is_in_flight(operation: str, block_n: int, stages: int) -> None:
     assert loop.count("ttg.async_copy_global_to_local") == 2
 
 
-def test_in_order_waits_for_nothing_but_its_own() -> None:
+def test_in_order_waits_for_nothing_but_its_own(compiled: Callable[[Case], Compiled]) -> None:
     """Without overlap the product comes last, and the gathers still run ahead."""
-    loop, _, stack, _ = compiled("sparse_attention", 3, 8, BLOCK_N=64, OVERLAP=False)
+    loop, _, stack, _ = compiled(IN_ORDER)
     assert stack == 0
     assert loop.rindex("math.exp2") < loop.rindex("ttng.warp_group_dot ")
     assert re.findall(r"ttg\.async_wait .*?num = (\d+)", loop) == ["3", "2"], "keys, then values"
 
 
-def test_a_masked_tail_costs_full_tiles_a_branch() -> None:
+def test_a_masked_tail_costs_full_tiles_a_branch(compiled: Callable[[Case], Compiled]) -> None:
     """The mask of the last tile stands in a branch of its own, and gathers need none."""
-    loop, _, _, _ = compiled("sparse_attention", 2, 8, BLOCK_N=32, OVERLAP=False, PEEL_TAIL=False)
+    loop, _, _, _ = compiled(MASKED_TAIL)
     assert loop.index("ttng.warp_group_dot ") < loop.index("scf.if") < loop.index("math.exp2")
 
 
-@pytest.mark.parametrize("rest", [0, 64, 128])
-def test_column_sums_stay_in_a_thread_and_its_neighbours(rest: int) -> None:
+@pytest.mark.parametrize("case", COLUMN_SUMS, ids=str)
+def test_column_sums_stay_in_a_thread_and_its_neighbours(
+    case: Case, compiled: Callable[[Case], Compiled]
+) -> None:
     """No sum over queries passes through shared memory, and none spills."""
-    loop, _, stack, shared = compiled("colsum_attention", 2, 4, REST_Q=rest)
+    loop, _, stack, shared = compiled(case)
     assert stack == 0
     assert shared <= 227 * 1024
-    assert loop.count('"tt.reduce"') == (2 if rest else 1)
+    assert loop.count('"tt.reduce"') == (2 if case[3]["REST_Q"] else 1)
     assert "ttg.local_store" not in loop

@@ -47,11 +47,11 @@ def shortlist(scores: Tensor, k: int, random: int = 0, always: Tensor | None = N
 @pytest.mark.parametrize("kept", [False, True], ids=["scores", "kept"])
 def test_matches_the_reference(columns: int, k: int, random: int, kept: bool) -> None:
     """Smooth scores, which the sample serves, and awkward ones, which it does not: the same exact answer."""
-    smooth = torch.randn(1, 2, 3, columns, generator=torch.Generator().manual_seed(k)).to(DEVICE)
-    for scores in (smooth, awkward_scores(1, 2, 3, columns, seed=k)):
+    smooth = torch.randn(1, 1, 2, columns, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    for scores in (smooth, awkward_scores(1, 1, 2, columns, seed=k)):
         length = columns - 3
         keep, window = (KEEP, 4) if kept else ((), 0)
-        always = always_mask(3, columns, GROUP_SIZE, keep, window, length)
+        always = always_mask(2, columns, GROUP_SIZE, keep, window, length)
         capacity = (0 if always is None else int(always.sum(-1).max())) + k + random
         got = topk_columns(scores, k, always, random, 77, length, capacity, SMALL)
         expected = truth.topk_columns(scores.cpu(), k, GROUP_SIZE, keep, window, random, 77, length)
@@ -60,9 +60,9 @@ def test_matches_the_reference(columns: int, k: int, random: int, kept: bool) ->
 
 @pytest.mark.usefixtures("short_lists")
 def test_ordinary_rows_need_no_second_look() -> None:
-    scores = torch.randn(2, 3, 4, 1000, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores = torch.randn(2, 3, 2, 1000, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     indices, counts = shortlist(scores, 40, 10)
-    assert counts.tolist() == [[[50] * 4] * 3] * 2
+    assert counts.tolist() == [[[50] * 2] * 3] * 2
     assert_same_columns(
         (indices, counts), truth.topk_columns(scores.cpu(), 40, GROUP_SIZE, random=10, seed=5), 1000
     )
@@ -102,12 +102,12 @@ def test_what_the_sample_misjudges_is_left_over(misleading: str) -> None:
 def test_the_radix_search_decides_any_row(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many columns for a list, and coverage, whose number of columns nobody knows beforehand."""
     settings = SelectSettings(block=128, bits=bits)
-    scores = awkward_scores(1, 2, 2, 700, seed=3)
+    scores = awkward_scores(1, 1, 2, 700, seed=3)
     assert Plan.make(690, 400, 20, 30) is None
     always = always_mask(2, 700, GROUP_SIZE, KEEP, 0, 690)
     got = topk_columns(scores, 400, always, 30, 9, 690, 450, settings)
     assert_same_columns(got, truth.topk_columns(scores.cpu(), 400, GROUP_SIZE, KEEP, 0, 30, 9, 690), 700)
-    whole = torch.randint(0, 9, (1, 2, 2, 700), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    whole = torch.randint(0, 9, (1, 1, 2, 700), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
     for coverage in (0.0, 0.4, 1.0):
         got = coverage_columns(whole, coverage, 690, always, 5, 9, 690, 700, settings)
         expected = truth.coverage_columns(whole.cpu(), coverage, GROUP_SIZE, 690, KEEP, 0, 5, 9, 690)
