@@ -24,7 +24,7 @@ COLOURS = ("#4878a8", "#d1783c", "#5a9e5a", "#a05a9e", "#b8a03c", "#5ab0b0", "#c
 OTHERS = "#a0a0a0"
 NAME = 70  # letters of a kernel's name in the legend
 HEAD_START = 50_000_000
-"""Clock cycles for which the device spins first, so that it never waits for a host that a profiler slows down."""
+"""Clock cycles for which the device spins first, not to wait for a host that the profiler slows down."""
 SPIN = "spin_kernel"
 
 

@@ -325,7 +325,8 @@ def test_what_it_cannot_run() -> None:
 
 def test_settings_that_do_not_fit() -> None:
     flux = Problem("sparse_mlp", rows=3840, columns=12288, width=3072, density=0.3)
-    assert SparseMlpSettings().misfit(flux) is None
+    for settings in (SparseMlpSettings(), *SparseMlpSettings.presets()):
+        assert settings.misfit(flux) is None
     assert "shared memory" in str(SparseMlpSettings(stages=5).misfit(flux))
     assert "registers" in str(SparseMlpSettings(width_warpgroups=2).misfit(flux))
     small = dataclasses.replace(flux, group_size=64)
