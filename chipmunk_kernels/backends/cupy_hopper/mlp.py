@@ -66,8 +66,8 @@ class SparseMlpSettings(LaunchSettings):
 
     @classmethod
     def presets(cls) -> tuple[SparseMlpSettings, ...]:
-        # Of FLUX's 30 groups on an H200: 16 at once take 2 % less time than 10 where a fifth of the neurons or
-        # more are kept, and 8 take 3 % less where a tenth are.
+        # Of FLUX's 30 groups on an H200: 16 at once take 2 % less time than 10 where a fifth of the neurons
+        # or more are kept, and 8 take 3 % less where a tenth are.
         return cls(band=16), cls(band=8), cls(lead_waves=2)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
