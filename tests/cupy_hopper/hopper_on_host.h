@@ -4,7 +4,6 @@
 // ordering of memory are not modelled: host memory is one and ordered.
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <cstdio>
@@ -14,8 +13,15 @@
 #include <memory>
 #include <vector>
 
-using std::max;
-using std::min;
+// <algorithm> would take a sixth of the time that a kernel takes to compile.
+template <typename T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+template <typename T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
 
 #define __device__
 #define __global__
@@ -183,7 +189,9 @@ static float __shfl_xor_sync(unsigned all, float value, int mask) {
 static bool __any_sync(unsigned, bool value) {
     unsigned long long all[32];
     exchange(value, all);
-    return std::any_of(all, all + 32, [](unsigned long long each) { return each != 0; });
+    for (unsigned long long each : all)
+        if (each) return true;
+    return false;
 }
 static bool elected() { return me->thread % WARP == 0; }
 
@@ -298,8 +306,9 @@ static void copies_commit() { me->copies.push_back({Copy::COMMIT}); }
 template <int PENDING>
 static void copies_wait() {
     auto groups = [] {
-        return std::count_if(
-            me->copies.begin(), me->copies.end(), [](const Copy& copy) { return copy.kind == Copy::COMMIT; });
+        int open = 0;
+        for (const Copy& copy : me->copies) open += copy.kind == Copy::COMMIT;
+        return open;
     };
     while (groups() > PENDING) one_copy(me);
 }
@@ -390,8 +399,9 @@ static void products_commit() { me->products.push_back({nullptr, 0, 0, 0, false,
 template <int PENDING>
 static void products_wait() {
     auto groups = [] {
-        return std::count_if(
-            me->products.begin(), me->products.end(), [](const Product_& product) { return product.commit; });
+        int open = 0;
+        for (const Product_& product : me->products) open += product.commit;
+        return open;
     };
     while (groups() > PENDING) one_product();
     __syncwarp();  // as the instruction does: what one lane announces after it, holds for the warp
