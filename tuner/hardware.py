@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from chipmunk_kernels.backends.torch.products import product_dtype
 from chipmunk_kernels.profiles import device_identity
 from tuner.workload import unknown
 
@@ -199,13 +200,14 @@ def _version(package: str) -> str:
 def measure_ceilings(device: torch.device, dtypes: Iterable[str]) -> Ceilings:
     """Best of several copies and matrix products: 0.1 s on a GPU, about a second on a small CPU.
 
-    `dtypes` names those that matter: half precision that a CPU only emulates would take seconds.
+    `dtypes` names those that matter. What a CPU has no instructions for is multiplied in float32.
     """
     cuda = device.type == "cuda"
     side = 8192 if cuda else 1024
     peaks = {}
     for dtype in sorted(set(dtypes)):
-        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        multiplied = product_dtype(getattr(torch, dtype), device.type)
+        a, b = (torch.randn(side, side, device=device).to(multiplied) for _ in range(2))
         seconds = _best_seconds(functools.partial(torch.mm, a, b), device, 10 if cuda else 4)
         peaks[dtype] = 2 * side**3 / seconds / 1e12
     source = torch.empty((1 << 30) if cuda else (1 << 27), dtype=torch.int8, device=device).fill_(1)

@@ -2,7 +2,8 @@
 
 The gathered weights of a group, 22 MB each at FLUX size, would travel to memory and back. So both products
 run over parts of their output, whose gathered weights stay in cache. The first product is neuron-major, as
-the cache is: with the weights on the left it is also the faster one (idle 2-core AVX-512 CPU).
+the cache is: with the weights on the left it is also the faster one (idle 2-core AVX-512 CPU). A CPU without
+16-bit products computes in float32 (`products.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chipmunk_kernels.backends.torch.gather import put_rows
+from chipmunk_kernels.backends.torch.products import product_dtype
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.settings import LaunchSettings, choice
 
@@ -49,14 +51,15 @@ def sparse_mlp(
     # All that a group gathers, as far as the setting goes; but a part holds 64 rows, however wide.
     most = columns.capacity * max(w1.shape[1], w2_by_neuron.shape[1])
     least = 64 * max(w1.shape[1], columns.capacity)
-    scratch = x.new_empty(max(least, min(most, (settings.scratch_mib << 20) // x.element_size())))
+    wide = product_dtype(x.dtype, x.device.type)
+    scratch = x.new_empty(max(least, min(most, (settings.scratch_mib << 20) // wide.itemsize)), dtype=wide)
     for b in range(columns.batch):
         for g in range(columns.groups):
             # On the host the counts can be read, and only kept neurons computed; elsewhere padding is masked.
             slots = slice(0, int(columns.counts[b, 0, g]) if on_host else columns.capacity)
             rows = slice(g * size, min((g + 1) * size, x.shape[1]))
             _group(
-                x[b, rows],
+                x[b, rows].to(wide),
                 w1,
                 b1,
                 w2_by_neuron,
@@ -93,9 +96,10 @@ def _group(
         if b1 is None:
             torch.mm(weights, x.t(), out=middle[part])
         else:
-            torch.addmm(b1.index_select(0, neurons[part]).unsqueeze(1), weights, x.t(), out=middle[part])
-    fresh = F.gelu(middle, approximate="tanh")
-    change = fresh - cache.index_select(0, neurons)
+            bias = b1.index_select(0, neurons[part]).unsqueeze(1).to(x.dtype)
+            torch.addmm(bias, weights, x.t(), out=middle[part])
+    fresh = F.gelu(middle, approximate="tanh").to(cache.dtype)
+    change = fresh.to(x.dtype) - cache.index_select(0, neurons)
     if kept is not None:
         change.masked_fill_(~kept.unsqueeze(1), 0)
     put_rows(cache, neurons, kept, fresh)
@@ -114,6 +118,8 @@ def _gather(table: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
     Measured: 33 instead of 70 ms for the first product with its gathers, 8 groups of 128 tokens at FLUX size.
     """
     packed = scratch[: len(rows) * table.shape[1]].view(len(rows), table.shape[1])
+    if table.dtype != packed.dtype:
+        return packed.copy_(table.index_select(0, rows))
     return torch.index_select(table, 0, rows, out=packed)
 
 
