@@ -20,7 +20,7 @@ from chipmunk_kernels.problem import Problem
 from suites.benchmarks.bars import run as run_module
 from suites.benchmarks.bars import tasks
 from suites.benchmarks.bars.__main__ import main
-from suites.benchmarks.bars.costs import WARM_UP, extra_mib, fastest_us, launch_us, smallest
+from suites.benchmarks.bars.costs import LEAST_BATCHES, WARM_UP, extra_mib, fastest_us, launch_us, smallest
 from suites.benchmarks.bars.run import Plan, hopeless, run
 from suites.benchmarks.bars.tasks import DENSE, Row, Task
 from tests.benchmarks.cases import RIGHT, attention, timed
@@ -244,6 +244,17 @@ def test_a_launch_costs_what_it_does_on_an_undisturbed_host() -> None:
     assert each < 100 and gc.isenabled()
     batches = [collecting[start : start + each] for start in range(0, len(collecting), each)]
     assert all(batch[0] and not any(batch[WARM_UP:]) for batch in batches), "garbage waits for a batch's end"
+
+
+def test_a_slow_call_is_timed_in_fewer_batches() -> None:
+    now, pauses = [0.0], list[float]()
+
+    def call() -> None:
+        now[0] += 0.002
+
+    (us,) = fastest_us([call], lambda: None, pauses.append, lambda: now[0])
+    assert us == pytest.approx(2000.0)
+    assert len(pauses) == LEAST_BATCHES
 
 
 def test_a_call_that_fails_leaves_garbage_collection_as_it_was() -> None:
