@@ -12,8 +12,8 @@ of the process 10 to 100 times, then sees few others than ours. Each tensor is a
 
 racecheck takes raw bulk copies (`cp.async.bulk` without a tensor map) for writes of the thread that issued
 them and knows no barrier that they arrive at: hazards between such a copy and its readers are false alarms
-(flash-attention 2.8.3, AI/RACECHECK_TMA_HAZARD.md). What else it says of `cupy_hopper`, and what is known of
-that: results/notes/2026-11-28-hopper-proved.md.
+(flash-attention 2.8.3, AI/RACECHECK_TMA_HAZARD.md). What it says of column sums in `cupy_hopper` is one too:
+results/notes/2026-11-29-after-the-products.md.
 
 Exit codes: 0, all right; 1, a wrong result or a finding; 2, what was asked for cannot be done.
 """

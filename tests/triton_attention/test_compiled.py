@@ -53,7 +53,7 @@ def answers() -> list[str]:
 
 
 @pytest.fixture
-def compiled(answers: list[str]) -> Callable[[Case], Compiled]:
+def loop_of(answers: list[str]) -> Callable[[Case], Compiled]:
     def of(case: Case) -> Compiled:
         text, registers, stack, shared = json.loads(answers[CASES.index(case)])
         loops = [
@@ -68,8 +68,8 @@ def compiled(answers: list[str]) -> Callable[[Case], Compiled]:
 
 
 @pytest.mark.parametrize("case", OVERLAPPED, ids=str)
-def test_what_is_in_flight(case: Case, compiled: Callable[[Case], Compiled]) -> None:
-    loop, registers, stack, shared = compiled(case)
+def test_what_is_in_flight(case: Case, loop_of: Callable[[Case], Compiled]) -> None:
+    loop, registers, stack, shared = loop_of(case)
     stages = case[1]
     assert stack == 0, f"{stack} bytes spill beside {registers} registers"
     assert shared <= 227 * 1024
@@ -83,26 +83,26 @@ def test_what_is_in_flight(case: Case, compiled: Callable[[Case], Compiled]) -> 
     assert loop.count("ttg.async_copy_global_to_local") == 2
 
 
-def test_in_order_waits_for_nothing_but_its_own(compiled: Callable[[Case], Compiled]) -> None:
+def test_in_order_waits_for_nothing_but_its_own(loop_of: Callable[[Case], Compiled]) -> None:
     """Without overlap the product comes last, and the gathers still run ahead."""
-    loop, _, stack, _ = compiled(IN_ORDER)
+    loop, _, stack, _ = loop_of(IN_ORDER)
     assert stack == 0
     assert loop.rindex("math.exp2") < loop.rindex("ttng.warp_group_dot ")
     assert re.findall(r"ttg\.async_wait .*?num = (\d+)", loop) == ["3", "2"], "keys, then values"
 
 
-def test_a_masked_tail_costs_full_tiles_a_branch(compiled: Callable[[Case], Compiled]) -> None:
+def test_a_masked_tail_costs_full_tiles_a_branch(loop_of: Callable[[Case], Compiled]) -> None:
     """The mask of the last tile stands in a branch of its own, and gathers need none."""
-    loop, _, _, _ = compiled(MASKED_TAIL)
+    loop, _, _, _ = loop_of(MASKED_TAIL)
     assert loop.index("ttng.warp_group_dot ") < loop.index("scf.if") < loop.index("math.exp2")
 
 
 @pytest.mark.parametrize("case", COLUMN_SUMS, ids=str)
 def test_column_sums_stay_in_a_thread_and_its_neighbours(
-    case: Case, compiled: Callable[[Case], Compiled]
+    case: Case, loop_of: Callable[[Case], Compiled]
 ) -> None:
     """No sum over queries passes through shared memory, and none spills."""
-    loop, _, stack, shared = compiled(case)
+    loop, _, stack, shared = loop_of(case)
     assert stack == 0
     assert shared <= 227 * 1024
     assert loop.count('"tt.reduce"') == (2 if case[3]["REST_Q"] else 1)
