@@ -11,21 +11,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chipmunk_kernels.backends.torch import attention, mlp
-from chipmunk_kernels.backends.torch.products import product_dtype
-from tests.factories import attention_inputs, mlp_inputs, scattered_columns
+from chipmunk_kernels.backends.torch import products as products_module
+from chipmunk_kernels.backends.torch.attention import MOST_SCRATCH_BYTES
+from chipmunk_kernels.backends.torch.products import fused_dtype, product_dtype
+from reference import attention as reference
+from tests.factories import assert_within_budget, attention_inputs, mlp_inputs, randn, scattered_columns
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 class Products(TorchDispatchMode):
-    """Collects the types of matrices that are multiplied."""
+    """Collects the types of matrices that are multiplied, or attended by the fused kernel."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "mm" in function.overloadpacket.__name__:
+        name = function.overloadpacket.__name__
+        if "mm" in name or "flash_attention_for_cpu" in name:
             self.dtypes |= {each.dtype for each in args if isinstance(each, Tensor)}
         return function(*args, **(kwargs or {}))
 
@@ -36,6 +40,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     wide = torch.float32 if request.param else None
     for module in (attention, mlp):
         monkeypatch.setattr(module, "product_dtype", lambda dtype, device: wide or dtype)
+    monkeypatch.setattr(attention, "fused_dtype", lambda dtype: wide or dtype)
     yield wide
 
 
@@ -63,6 +68,32 @@ def test_attention(dtype: torch.dtype, based: bool, products: torch.dtype | None
         assert torch.equal(lse, exact_lse)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [(torch.float32, True), *((half, fused) for half in HALVES for fused in (False, True))],
+)
+@pytest.mark.parametrize("scratch_bytes", [MOST_SCRATCH_BYTES, 1])
+def test_sparse_attention_is_right_fused_or_in_blocks_at_once_or_in_parts(
+    dtype: torch.dtype, fused: bool, scratch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever this CPU would take by itself; 1 byte of scratch makes parts of 1024 columns."""
+    monkeypatch.setattr(attention, "product_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(attention, "MOST_SCRATCH_BYTES", scratch_bytes)
+    q, k, v = attention_inputs(1, 2, 193, 1500, width=64, dtype=dtype, strided=True)
+    columns = scattered_columns(1, 2, 193, 1500, 64, 0.8, uniform=False)
+    base = randn(*q.shape, dtype=dtype, seed=5)
+    for below, sign in ((None, -1), (base, 1), (base, -1)):
+        settings = attention.SparseSettings(fused=fused)
+        out, lse = attention.sparse_attention(q, k, v, columns, below, sign, 0.125, settings)
+        chosen = columns.indices, columns.counts, 64
+        truth = reference.sparse_attention(
+            q.double(), k.double(), v.double(), *chosen, None if below is None else below.double(), sign
+        )
+        peer = reference.sparse_attention(q, k, v, *chosen, below, sign)
+        assert_within_budget(out, truth[0], peer[0])
+        assert_within_budget(lse, truth[1], peer[1], "lse")
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_mlp(dtype: torch.dtype, products: torch.dtype | None) -> None:
     inputs = mlp_inputs(1, 193, 64, 256, dtype=dtype)
@@ -87,3 +118,15 @@ def test_only_half_precision_on_a_cpu_is_computed_in_another_type() -> None:
     for dtype in HALVES:
         assert product_dtype(dtype, "cuda") == dtype
         assert product_dtype(dtype, "cpu") in (dtype, torch.float32)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mkl", [False, True])
+def test_the_fused_kernel_takes_bfloat16_where_a_library_multiplies_it(
+    own: bool, mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products_module, "product_dtype", lambda dtype, _: dtype if own else torch.float32)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert fused_dtype(torch.float32) == torch.float32
+    assert fused_dtype(torch.bfloat16) == (torch.bfloat16 if own or mkl else torch.float32)
+    assert fused_dtype(torch.float16) == (torch.float16 if own else torch.float32)

@@ -21,6 +21,19 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return None
 
 
+def fused_on_host(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out `(n, R, D)` and lse `(n, R)` on a CPU: q `(n, R, D)`, k and v `(n, C, D)`, kept `(n, 1, C)` or None
+    for all, at least one of each n."""
+    mask = None
+    if kept is not None:
+        mask = q.new_zeros(kept.shape).masked_fill_(~kept, float("-inf")).unsqueeze(1)
+    heads = (each.unsqueeze(1) for each in (q, k, v))
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, attn_mask=mask, scale=scale)
+    return found[0].squeeze(1), found[1].squeeze(1)
+
+
 _Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
