@@ -273,6 +273,9 @@ static int atomicAdd(int* counter, int value) {
 }
 static void __threadfence() {}
 static void __nanosleep(unsigned) { yield(); }
+static void idle_for(int cycles) {
+    for (; cycles > 0; cycles -= 1000) yield();
+}
 
 // ---- Copies --------------------------------------------------------------------------------------------------
 

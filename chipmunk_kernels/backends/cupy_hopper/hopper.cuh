@@ -24,6 +24,12 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// Lets `cycles` of the multiprocessor's clock go by.
+__device__ __forceinline__ void idle_for(int cycles) {
+    const long long start = clock64();
+    while (clock64() - start < cycles) {}
+}
+
 // ---- Barriers ----------------------------------------------------------------------
 // An mbarrier's phase completes when all arrivals and all expected bytes are in. A barrier starts in phase 0;
 // `wait(b, parity)` returns once the phase of that parity has completed, so waiting for parity 1 on a new

@@ -12,8 +12,8 @@
 // the last products and the epilogue of the one before. For that it must wait for nothing but stages: each
 // computing warpgroup brings its own queries, and has the L2 cache fetch what its output is added to.
 //
-// Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG and
-// BLOCKS (that share a multiprocessor).
+// Macros: BF16, WIDTH (64 or 128), CONSUMERS, BLOCK_COLUMNS (multiple of 16), STAGES, OVERLAP, PING_PONG,
+// BLOCKS (that share a multiprocessor) and STAGGER (cycles between the warpgroups' first products).
 #include "hopper.cuh"
 
 constexpr int WARPGROUP_ROWS = 64;
@@ -603,6 +603,8 @@ __device__ __forceinline__ void compute(
             Weights p;
             await_queries(consumer);
             await_tile(shared.keys_full(keys.stage), keys.parity);
+            // Warpgroups that begin together stay together: all in their epilogues, and nobody multiplies.
+            if (STAGGER && unit == blockIdx.x) idle_for(consumer * STAGGER);
             products_fence();
             multiply_keys(s, queries, further(all_keys, keys.stage * STAGE_BYTES));
             Onto::prefetch(to, place, row);
