@@ -51,8 +51,8 @@ class SparseAttentionSettings(LaunchSettings):
         ping_pong: whether the warpgroups issue their products in turns.
         blocks: that share a multiprocessor. More than one suits short problems, whose last wave is ragged.
         stagger: cycles by which each warpgroup begins its first products after the one before, so that their
-            epilogues do not coincide. FLUX at 93 %, groups of 192, on an H200: 53.4 us with 0, 52.9 with 2000,
-            50.0 to 50.8 with 3000 to 4000, 51.1 with 5500; over videos no difference.
+            epilogues do not coincide. FLUX at 93 %, groups of 192, on an H200: 53.4 us with 0, 52.9 with
+            2000, 50.0 to 50.8 with 3000 to 4000, 51.1 with 5500; over videos no difference.
     """
 
     consumers: int = choice(0, 0, 1, 2)
