@@ -210,7 +210,7 @@ def test_a_batch_that_shares_its_tokens_is_copied(folder: Path) -> None:
 def test_any_order_gives_the_same_bits(folder: Path) -> None:
     """Bands of one group and a lead of one: the ring of three groups is reused by every later one."""
     inputs = mlp_inputs(2, 900, 32, 200, 160, 128, 0.7, dtype=BF16)
-    assert mlp.order(SMALL, 16, inputs.columns.capacity, 160, 128, 1)[1] < 16
+    assert mlp.order(SMALL, 16, inputs.columns.capacity, 160, 128, 1).ring < 16
     results = [emulated(Emulator(folder, 1 + seed, seed), inputs, SMALL) for seed in range(4)]
     check(inputs, results[0])
     for other in results[1:]:
@@ -224,7 +224,7 @@ def test_empty_groups_between_two_that_share_a_place(folder: Path) -> None:
     """A place in the ring is free when the last group that had one there has been read, however far back."""
     inputs = mlp_inputs(1, 1000, 8, 700, 520, 128, 0.95, dtype=BF16)
     columns = inputs.columns
-    ring = mlp.order(SMALL, columns.groups, columns.capacity, 520, 128, 2)[1]
+    ring = mlp.order(SMALL, columns.groups, columns.capacity, 520, 128, 2).ring
     assert 2 * ring < columns.groups
     some = torch.arange(columns.groups) % (2 * ring) == 1
     counts = torch.where(some, columns.counts, 0)
@@ -336,17 +336,18 @@ def test_settings_that_do_not_fit() -> None:
         assert SparseMlpSettings.from_mapping(values).misfit(flux) is None
 
 
-@pytest.mark.parametrize("kept", [1280, 2560, 3584])
+@pytest.mark.parametrize("kept", [1280, 2560, 3584, 12288])
 @pytest.mark.parametrize("tokens", [3840, 119056])
 def test_scratch_is_small_however_long_the_sequence(tokens: int, kept: int) -> None:
     settings = SparseMlpSettings()
     rows = -(-tokens // 128)
-    lead, ring, parts, up_blocks = mlp.order(settings, rows, kept, 3072, 128, 132)
-    bytes_ = ring * parts * up_blocks * 256 * 128 * 2
-    assert bytes_ <= 64 << 20
+    order = mlp.order(settings, rows, kept, 3072, 128, 132)
+    bytes_ = order.ring * order.parts * order.up_blocks * 256 * 128 * 2
+    assert bytes_ <= mlp.RING_BYTES <= 64 << 20
     # A down tile of a band comes more than a wave of tiles after the band's up tiles, if there are that many.
-    assert lead * settings.band * parts * up_blocks >= min(132, rows * parts * up_blocks)
+    across = order.band * order.parts
+    assert order.lead * across * order.up_blocks >= min(132, rows * order.parts * order.up_blocks)
     # And an up tile more than a wave after the down tiles that read what was in its place.
-    assert (ring // settings.band - lead - 1) * settings.band * parts * (
-        up_blocks + 12
-    ) >= 132 or ring == rows
+    assert (order.ring // order.band - order.lead - 1) * across * (
+        order.up_blocks + 12
+    ) >= 132 or order.ring == rows

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ ALIGNED_BYTES = 16
 WARPGROUP = 128
 SHARED_BYTES = 227 * 1024
 WARPGROUP_TOKENS = 64
+ELEMENT_BYTES = 2
 SPARE_WAVES = 2
 """Tiles per multiprocessor between the last that reads a place in the ring and the next that writes there.
 
 Where a video's ring had less than one, up tiles waited: 10.8, not 10.4 ms for 119056 tokens on an H200.
 """
+
+RING_BYTES = 48 << 20
+"""Of packed delta at most: L2 holds 50 MB, and a call may take 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class SparseMlpSettings(LaunchSettings):
         width_warpgroups: warpgroups along the kept neurons (up) or output features (down).
         width: neurons or features of each.
         stages: of the pipeline, 64 model features (up) or kept neurons (down) each.
-        band: token groups that share a block of weights before the next one begins. A band of a video reads
-            most of the weights, more than L2 holds, from memory: the more groups, the less often.
+        band: token groups that share a block of weights before the next one begins, at most. A band reads
+            most of the weights, more than L2 holds, from memory: the more groups, the less often. But a
+            band's last up tiles keep all of its down tiles waiting, so FLUX's 30 groups do best as 20 and 10.
         lead_waves: how far up tiles run ahead of down tiles, in tiles per multiprocessor.
         adds_in_l2: whether the output cache is added to where it is, nobody waiting for its old entries; the
             product is rounded to the cache's type first, as PyTorch does.
@@ -60,15 +66,15 @@ class SparseMlpSettings(LaunchSettings):
     width_warpgroups: int = choice(1, 1, 2)
     width: int = choice(256, 128, 192, 256)
     stages: int = choice(4, 3, 4, 5, 6)
-    band: int = choice(10, 1, 2, 4, 8, 10, 16, 32)
+    band: int = choice(20, 1, 2, 4, 8, 10, 16, 20, 24, 32)
     lead_waves: int = choice(1, 1, 2, 3)
     adds_in_l2: int = choice(1, 0, 1)
 
     @classmethod
     def presets(cls) -> tuple[SparseMlpSettings, ...]:
-        # Of FLUX's 30 groups on an H200: 16 at once take 2 % less time than 10 where a fifth of the neurons
-        # or more are kept, and 8 take 3 % less where a tenth are.
-        return cls(band=16), cls(band=8), cls(lead_waves=2)
+        # Of FLUX's 30 groups on an H200: with 1280 / 2560 / 3584 neurons kept 20 at once take 125.9 / 212 /
+        # 273.8 us, 24 take 125.0 / 215 / 274.8, 10 take 128.1 / 214.8 / 280.4.
+        return cls(band=24), cls(band=10), cls(lead_waves=2)
 
     def misfit(self, problem: Problem, shared_memory_bytes: int | None = None) -> str | None:
         if fitted(self, min(problem.group_size, problem.rows)) != self:
@@ -139,6 +145,24 @@ class Plan:
     counters: int
 
 
+class Order(NamedTuple):
+    """In which order tiles are claimed, and what of the packed delta is kept.
+
+    Attributes:
+        band: token groups that share a block of weights.
+        lead: bands of up tiles before the first down tile.
+        ring: token groups whose packed delta there is room for.
+        parts: tiles along a group's tokens.
+        up_blocks: tiles along a group's kept neurons.
+    """
+
+    band: int
+    lead: int
+    ring: int
+    parts: int
+    up_blocks: int
+
+
 def order(
     settings: SparseMlpSettings,
     rows: int,
@@ -146,17 +170,23 @@ def order(
     width_out: int,
     group_rows: int,
     multiprocessors: int,
-) -> tuple[int, int, int, int]:
-    """(lead, ring, parts of a group, blocks of slots) for `rows` token groups over the whole batch."""
+) -> Order:
+    """The order for `rows` token groups over the whole batch, in bands so small that `RING_BYTES` suffice."""
     wide = settings.width_warpgroups * settings.width
-    parts = -(-group_rows // (settings.token_warpgroups * WARPGROUP_TOKENS))
+    box_rows = settings.token_warpgroups * WARPGROUP_TOKENS
+    parts = -(-group_rows // box_rows)
     up_blocks, down_blocks = -(-capacity // wide), -(-width_out // wide)
-    up = settings.band * parts * up_blocks
-    both = up + settings.band * parts * down_blocks
-    lead = min(-(-rows // settings.band), -(-settings.lead_waves * multiprocessors // up))
-    # One band that is being read, and those whose tiles come until it has been.
-    spare = 1 + -(-SPARE_WAVES * multiprocessors // both)
-    return lead, min(rows, (lead + spare) * settings.band), parts, up_blocks
+    row_bytes = parts * up_blocks * wide * box_rows * ELEMENT_BYTES
+
+    def of(band: int) -> Order:
+        up = band * parts * up_blocks
+        lead = min(-(-rows // band), -(-settings.lead_waves * multiprocessors // up))
+        # One band that is being read, and those whose tiles come until it has been.
+        spare = 1 + -(-SPARE_WAVES * multiprocessors // (up + band * parts * down_blocks))
+        return Order(band, lead, min(rows, (lead + spare) * band), parts, up_blocks)
+
+    orders = (of(band) for band in range(min(settings.band, rows), 0, -1))
+    return next((it for it in orders if it.ring * row_bytes <= RING_BYTES), of(1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -191,7 +221,7 @@ def _plan(
     rows, group_rows = batch * groups, min(group_size, tokens)
     settings = fitted(settings, group_rows)
     multiprocessors = _multiprocessors(device)
-    lead, ring, parts, up_blocks = order(settings, rows, capacity, width_out, group_rows, multiprocessors)
+    plan = order(settings, rows, capacity, width_out, group_rows, multiprocessors)
     warpgroups = settings.token_warpgroups * settings.width_warpgroups
     wide, box_rows = (
         settings.width_warpgroups * settings.width,
@@ -207,14 +237,14 @@ def _plan(
         w1[0], w2[0], *activations[:2], *output[:2],
         int(activations_start == 0 and whole_activations),
         int(output_start == 0 and _whole_chunks(output, output_dtype)),
-        settings.band, lead, ring,
+        plan.band, plan.lead, plan.ring,
         shared_bytes=shared,
     )  # fmt: skip
     return Plan(
         launch=launch,
         maps=maps_of(Layout(dtype, (batch, 1, tokens, width), (x[0], 0, *x[1:]), tokens, box_rows)),
-        new_packed=maker((ring * parts * up_blocks * wide * box_rows,), dtype, device),
-        counters=2 + 2 * rows * parts,
+        new_packed=maker((plan.ring * plan.parts * plan.up_blocks * wide * box_rows,), dtype, device),
+        counters=2 + 2 * rows * plan.parts,
     )
 
 
@@ -234,7 +264,8 @@ def sparse_mlp(
     x `(B, M, K)`, w1 `(F, K)`, b1 `(F,)` or None, w2_by_neuron `(F, Kout)`, activation_cache `(B, F, M)`,
     output_cache `(B, M, Kout)` in x's dtype or float32: last dimensions contiguous; x, w1 and w2_by_neuron in
     rows of whole 16 bytes, the caches best so. Scratch: the packed delta of the groups between the two
-    products, in x.dtype (27 MB for FLUX at 30 %, 44 MB for video), and the counters.
+    products, in x.dtype (29 MB for FLUX at 30 %, at most `RING_BYTES` unless single groups take more), and
+    the counters.
 
     Raises:
         ValueError: an activation other than `gelu_tanh`.
