@@ -160,7 +160,7 @@ def test_other_group_sizes_are_of_the_same_shape() -> None:
     named = [
         (labelled(item.label.replace(" by 128", "")), item) for item in problems if " by 128" in item.label
     ]
-    assert len(pairs) == 4 and len(named) == 3
+    assert len(pairs) == 6 and len(named) == 3
     for one, other in pairs + named:
         assert one.problem.group_size != other.problem.group_size
         assert replace(other.problem, group_size=one.problem.group_size) == one.problem
