@@ -40,8 +40,8 @@ constexpr int B_BYTES = WIDE * ROW_BYTES;
 constexpr int B_TILE_BYTES = DEPTH * ROW_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int ACCUMULATORS = WIDTH / 2;
-// An epilogue pass covers 64 rows of 128 bytes of a cache, staged in shared memory in one of two buffers. Each warp
-// stages what its own accumulators meet, so that no warp waits for another from pass to pass.
+// An epilogue pass covers 64 rows of 128 bytes of a cache, staged in shared memory in one of two buffers. A warp moves
+// 16 whole rows to and from global memory.
 constexpr int PASS_ROWS = 64;
 constexpr int PASS_BYTES = PASS_ROWS * ROW_BYTES;
 constexpr int PASS_LOADS = PASS_ROWS / ROWS_AT_ONCE;
@@ -51,8 +51,10 @@ constexpr int OUTPUT_BYTES = FLOAT_OUTPUT ? 4 : 2;
 constexpr int OUTPUT_PASS = ROW_BYTES / OUTPUT_BYTES;
 constexpr int DOWN_PASSES = WIDTH / OUTPUT_PASS;
 // Steps of a tile's product before its consumers ask for the cache entries that its epilogue changes: by then
-// the indices that lead to them have arrived.
+// the indices that lead to them have arrived. Asking takes longer than a step's wgmmas: one warpgroup after the other,
+// so that somebody multiplies (0.3 to 0.8 % on an H200).
 constexpr int STEPS_BEFORE_PREFETCH = 2;
+constexpr int STEPS_BETWEEN_PREFETCHES = 3;
 // 65536 registers, shared among the warpgroups in eights.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 104 : CONSUMERS == 2 ? 72 : CONSUMERS == 3 ? 56 : 64;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 216 : CONSUMERS == 3 ? 152 : 104;
@@ -421,6 +423,9 @@ struct Part {
         : warpgroup(number), thread(thread_number() % WARPGROUP), warp(thread / WARP), lane(thread % WARP),
           token(number % TOKEN_WARPGROUPS * 64), column(number / TOKEN_WARPGROUPS * WIDTH) {}
     __device__ __forceinline__ void sync() const { named_sync(FIRST_CONSUMER_BARRIER + warpgroup, WARPGROUP); }
+    __device__ __forceinline__ int steps_before_prefetch() const {
+        return STEPS_BEFORE_PREFETCH + STEPS_BETWEEN_PREFETCHES * warpgroup;
+    }
 };
 
 // Steps `first` to `last` - 1 of a tile's product. One step's wgmmas run while the next step's are issued.
@@ -483,8 +488,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
     return x * reciprocal_fast(1.0f + exp2_fast(x * (SCALE + SCALE * 0.044715f * x * x)));
 }
 
-// The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each; a warp's 16 tokens are
-// two chunks of every row.
+// The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each.
 struct UpEpilogue {
     const Problem& p;
     const Tile& tile;
@@ -495,15 +499,11 @@ struct UpEpilogue {
     __device__ __forceinline__ UpEpilogue(const Problem& p, const Tile& tile, const Part& part, unsigned char* staging)
         : p(p), tile(tile), part(part), staging(staging), first_slot(tile.block * WIDE + part.column) {}
 
-    __device__ __forceinline__ int chunk() const { return part.warp * 2 + part.lane % 2; }
-    // Of 16: even rows and odd ones by turns of four, since a row and the next swap the places of two chunks.
-    __device__ __forceinline__ int row() const {
-        const int pair = part.lane / 2;
-        return (pair & 8) | (pair & 3) << 1 | (pair >> 2 & 1);
+    __device__ __forceinline__ int chunk() const { return part.lane % CHUNKS; }
+    __device__ __forceinline__ int row(int i) const {
+        return part.warp * WARP_ROWS + part.lane / CHUNKS + i * (WARP / CHUNKS);
     }
-    __device__ __forceinline__ int slot(int pass, int i) const {
-        return first_slot + pass * PASS_ROWS + row() + i * WARP_ROWS;
-    }
+    __device__ __forceinline__ int slot(int pass, int i) const { return first_slot + pass * PASS_ROWS + row(i); }
     // The neuron in a slot, or -1 past the last. Volatile: loads that the compiler moved ahead of a pass would take
     // the registers that the sums leave.
     __device__ __forceinline__ int neuron(int slot) const {
@@ -517,7 +517,7 @@ struct UpEpilogue {
                chunk() * CHUNK_ELEMENTS;
     }
     __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
-        return staging + pass % 2 * PASS_BYTES + swizzled(row(), chunk()) + i * WARP_ROWS * ROW_BYTES;
+        return staging + pass % 2 * PASS_BYTES + swizzled(row(i), chunk());
     }
     // Whether all threads have only whole chunks.
     __device__ __forceinline__ bool plain() const { return p.cache_aligned && tile.tokens >= part.token + 64; }
@@ -702,8 +702,8 @@ struct DownEpilogue {
     }
 };
 
-// Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read; the
-// two kinds of tiles share the staging out in different ways, so a tile begins with one.
+// Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read, nor
+// between two tiles.
 __device__ __forceinline__ void consume_up(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
     constexpr int EARLY = UP_PASSES < 2 ? UP_PASSES : 2, BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
@@ -720,11 +720,10 @@ __device__ __forceinline__ void consume_up(
     for (int i = 0; i < BIASES; ++i)
         biased[i] = p.b1 ? epilogue.neuron(epilogue.first_slot + part.thread + i * WARPGROUP) : -1;
 
-    const int early = min(STEPS_BEFORE_PREFETCH, steps);
+    const int early = min(part.steps_before_prefetch(), steps);
     multiply_steps<0>(sum, shared, at, part, 0, early);
 #pragma unroll
     for (int i = 0; i < BIASES; ++i) values[i] = biased[i] >= 0 ? __ldg(p.b1 + biased[i]) : 0;
-    part.sync();
 #pragma unroll
     for (int pass = 0; pass < EARLY; ++pass) {
 #pragma unroll
@@ -738,14 +737,15 @@ __device__ __forceinline__ void consume_up(
 #pragma unroll
     for (int i = 0; i < BIASES; ++i)
         if (part.thread + i * WARPGROUP < WIDTH) bias[part.thread + i * WARPGROUP] = values[i];
+    if (UP_PASSES > 1) copies_wait<1>();
+    else copies_wait<0>();
     part.sync();
 #pragma unroll
     for (int pass = 0; pass < UP_PASSES; ++pass) {
-        if (pass + 1 < UP_PASSES) copies_wait<1>();
-        else copies_wait<0>();
-        __syncwarp();
         epilogue.change(sum, bias, pass);
-        __syncwarp();
+        // One barrier for what was changed and for the old entries of the next pass.
+        copies_wait<0>();
+        part.sync();
         epilogue.write(pass, neurons[pass]);
         if (pass + 2 < UP_PASSES) {
 #pragma unroll
@@ -764,10 +764,9 @@ __device__ __forceinline__ void consume_down(
     const DownEpilogue epilogue{p, tile, part, shared.staging(part.warpgroup)};
     const int steps = (tile.count + DEPTH - 1) / DEPTH;
     float sum[ACCUMULATORS];
-    const int early = ADD_IN_L2 ? 0 : min(STEPS_BEFORE_PREFETCH, steps);
+    const int early = ADD_IN_L2 ? 0 : min(part.steps_before_prefetch(), steps);
     if (!ADD_IN_L2) {
         multiply_steps<1>(sum, shared, at, part, 0, early);
-        part.sync();
 #pragma unroll
         for (int pass = 0; pass < 2; ++pass) {
             if (pass < DOWN_PASSES) epilogue.read(pass);
@@ -780,8 +779,7 @@ __device__ __forceinline__ void consume_down(
     // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
     if (part.thread == 0) announce(p.drained(tile.row, tile.part));
 #if ADD_IN_L2
-    // Others may still be reading what the tile before staged.
-    part.sync();
+    __syncwarp();
 #pragma unroll
     for (int pass = 0; pass < DOWN_PASSES; ++pass) {
         epilogue.change(sum, pass);
