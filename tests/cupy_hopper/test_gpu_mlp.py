@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from chipmunk_kernels import registry
 from chipmunk_kernels.backends.cupy_hopper import mlp, tensor_maps
 from chipmunk_kernels.backends.cupy_hopper.mlp import SparseMlpSettings
+from suites.benchmarks.bars.costs import launch_cost
 from tests.cupy_hopper.test_mlp import caches, call
 from tests.factories import MlpInputs, assert_within_budget, mlp_inputs
 from tests.triton_mlp.cases import HALVES, on_side_stream, poisoned_memory, replay
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda:0")
 DEFAULT = SparseMlpSettings()
 BF16, FP16 = torch.bfloat16, torch.float16
-LAUNCH_US = 15.0
+LAUNCH_US, TORCH_LAUNCH_US = 15.0, 6.1
+"""On a host that takes no longer than that for a launch of torch's own; others are slower at both."""
 
 
 @pytest.fixture(autouse=True)
@@ -209,13 +210,6 @@ def test_launch_costs_little() -> None:
     inputs = mlp_inputs(1, 256, 64, 128, dtype=BF16, group_size=128, device=GPU)
     results = caches(inputs)
     call(inputs, *results, DEFAULT)
-    torch.cuda.synchronize()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(50):
-            call(inputs, *results, DEFAULT)
-        best = min(best, (time.perf_counter() - start) / 50 * 1e6)
-        torch.cuda.synchronize()
-    assert best <= LAUNCH_US, f"{best:.1f} µs"
+    cost = launch_cost(lambda: call(inputs, *results, DEFAULT), GPU)
+    assert cost.us <= LAUNCH_US * max(1.0, cost.torch_us / TORCH_LAUNCH_US), cost
     assert mlp._plan.cache_info().hits > 0
