@@ -28,7 +28,8 @@ from tuner.statistics import (
 DENSE, AGAIN = "dense", "again"
 TARGET_WIDTH = 0.01
 MAX_ROUNDS = 60
-"""What it takes to tell a gain of 2 % from noise: 25 rounds left that of a FLUX MLP at 1 to 2 %."""
+"""So that most gains of 2 % are told from noise: on an H200 at most 25 rounds, to 2 %, left the noise floor
+of FLUX's MLP at 2.4 and 1.5 % (2560 and 3584 neurons kept), these at 1.0 and 1.3 %."""
 
 
 @dataclass(frozen=True)

@@ -342,12 +342,13 @@ def test_scratch_is_small_however_long_the_sequence(tokens: int, kept: int) -> N
     settings = SparseMlpSettings()
     rows = -(-tokens // 128)
     order = mlp.order(settings, rows, kept, 3072, 128, 132)
-    bytes_ = order.ring * order.parts * order.up_blocks * 256 * 128 * 2
-    assert bytes_ <= mlp.RING_BYTES <= 64 << 20
+    up_blocks = -(-kept // 256)
+    assert order.packed_elements == order.ring * order.parts * up_blocks * 256 * 128
+    assert 2 * order.packed_elements <= mlp.RING_BYTES <= 64 << 20
     # A down tile of a band comes more than a wave of tiles after the band's up tiles, if there are that many.
     across = order.band * order.parts
-    assert order.lead * across * order.up_blocks >= min(132, rows * order.parts * order.up_blocks)
+    assert order.lead * across * up_blocks >= min(132, rows * order.parts * up_blocks)
     # And an up tile more than a wave after the down tiles that read what was in its place.
     assert (order.ring // order.band - order.lead - 1) * across * (
-        order.up_blocks + 12
+        up_blocks + 12
     ) >= 132 or order.ring == rows

@@ -703,7 +703,7 @@ struct DownEpilogue {
 };
 
 // Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read, nor
-// between two tiles.
+// between two tiles: other warps' are behind a pass's one barrier (up), or touch only their own rows (down).
 __device__ __forceinline__ void consume_up(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
     constexpr int EARLY = UP_PASSES < 2 ? UP_PASSES : 2, BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
@@ -779,6 +779,7 @@ __device__ __forceinline__ void consume_down(
     // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
     if (part.thread == 0) announce(p.drained(tile.row, tile.part));
 #if ADD_IN_L2
+    // Other lanes may still be reading what the tile before staged.
     __syncwarp();
 #pragma unroll
     for (int pass = 0; pass < DOWN_PASSES; ++pass) {

@@ -42,7 +42,7 @@ Where a video's ring had less than one, up tiles waited: 10.8, not 10.4 ms for 1
 """
 
 RING_BYTES = 48 << 20
-"""Of packed delta at most: L2 holds 50 MB, and a call may take 64 MiB."""
+"""Of packed delta at most: L2 (50 MB on an H100, 60 on an H200) can hold it, and a call may take 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class SparseMlpSettings(LaunchSettings):
         stages: of the pipeline, 64 model features (up) or kept neurons (down) each.
         band: token groups that share a block of weights before the next one begins, at most. A band reads
             most of the weights, more than L2 holds, from memory: the more groups, the less often. But a
-            band's last up tiles keep all of its down tiles waiting, so FLUX's 30 groups do best as 20 and 10.
+            band's last up tiles keep all of its down tiles waiting: FLUX's 30 groups do best as 20 to 24
+            and the rest.
         lead_waves: how far up tiles run ahead of down tiles, in tiles per multiprocessor.
         adds_in_l2: whether the output cache is added to where it is, nobody waiting for its old entries; the
             product is rounded to the cache's type first, as PyTorch does.
@@ -153,14 +154,19 @@ class Order(NamedTuple):
         lead: bands of up tiles before the first down tile.
         ring: token groups whose packed delta there is room for.
         parts: tiles along a group's tokens.
-        up_blocks: tiles along a group's kept neurons.
+        row_elements: of a token group's packed delta.
     """
 
     band: int
     lead: int
     ring: int
     parts: int
-    up_blocks: int
+    row_elements: int
+
+    @property
+    def packed_elements(self) -> int:
+        """Of the whole ring."""
+        return self.ring * self.row_elements
 
 
 def order(
@@ -176,17 +182,17 @@ def order(
     box_rows = settings.token_warpgroups * WARPGROUP_TOKENS
     parts = -(-group_rows // box_rows)
     up_blocks, down_blocks = -(-capacity // wide), -(-width_out // wide)
-    row_bytes = parts * up_blocks * wide * box_rows * ELEMENT_BYTES
+    row_elements = parts * up_blocks * wide * box_rows
 
     def of(band: int) -> Order:
         up = band * parts * up_blocks
         lead = min(-(-rows // band), -(-settings.lead_waves * multiprocessors // up))
         # One band that is being read, and those whose tiles come until it has been.
         spare = 1 + -(-SPARE_WAVES * multiprocessors // (up + band * parts * down_blocks))
-        return Order(band, lead, min(rows, (lead + spare) * band), parts, up_blocks)
+        return Order(band, lead, min(rows, (lead + spare) * band), parts, row_elements)
 
     orders = (of(band) for band in range(min(settings.band, rows), 0, -1))
-    return next((it for it in orders if it.ring * row_bytes <= RING_BYTES), of(1))
+    return next((it for it in orders if it.packed_elements * ELEMENT_BYTES <= RING_BYTES), of(1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -221,12 +227,9 @@ def _plan(
     rows, group_rows = batch * groups, min(group_size, tokens)
     settings = fitted(settings, group_rows)
     multiprocessors = _multiprocessors(device)
-    plan = order(settings, rows, capacity, width_out, group_rows, multiprocessors)
+    tiles = order(settings, rows, capacity, width_out, group_rows, multiprocessors)
     warpgroups = settings.token_warpgroups * settings.width_warpgroups
-    wide, box_rows = (
-        settings.width_warpgroups * settings.width,
-        settings.token_warpgroups * WARPGROUP_TOKENS,
-    )
+    box_rows = settings.token_warpgroups * WARPGROUP_TOKENS
     shared = shared_bytes(settings)
     x, w1, w2, activations, output = strides
     whole_activations = _whole_chunks(activations, dtype) and group_size % ALIGNED_ELEMENTS == 0
@@ -237,14 +240,14 @@ def _plan(
         w1[0], w2[0], *activations[:2], *output[:2],
         int(activations_start == 0 and whole_activations),
         int(output_start == 0 and _whole_chunks(output, output_dtype)),
-        plan.band, plan.lead, plan.ring,
+        tiles.band, tiles.lead, tiles.ring,
         shared_bytes=shared,
     )  # fmt: skip
     return Plan(
         launch=launch,
         maps=maps_of(Layout(dtype, (batch, 1, tokens, width), (x[0], 0, *x[1:]), tokens, box_rows)),
-        new_packed=maker((plan.ring * plan.parts * plan.up_blocks * wide * box_rows,), dtype, device),
-        counters=2 + 2 * rows * plan.parts,
+        new_packed=maker((tiles.packed_elements,), dtype, device),
+        counters=2 + 2 * rows * tiles.parts,
     )
 
 
