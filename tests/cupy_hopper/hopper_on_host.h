@@ -302,6 +302,9 @@ static void copy_16_or_zeros(unsigned target, const void* source, int bytes) {
 // Reads what the cache would fetch, so that a wrong address shows.
 static void prefetch_sector(const void* source) { (void)*static_cast<const volatile char*>(source); }
 constexpr int SECTOR_BYTES = 32;
+static void store_16_if(bool wanted, void* target, uint4 words) {
+    if (wanted) std::memcpy(target, &words, 16);
+}
 static void copy_16(unsigned target, const void* source) { copy_16_or_zeros(target, source, 16); }
 static void copy_16_prefetch_128(unsigned target, const void* source) { copy_16(target, source); }
 static void barrier_arrive_after_copies(unsigned barrier) { me->copies.push_back({Copy::ARRIVE, barrier}); }
@@ -341,6 +344,9 @@ static unsigned narrow(float value) {
 static unsigned pack(float low, float high) { return narrow(low) | narrow(high) << 16; }
 static float low_float(unsigned packed) { return widen(packed & 0xffff); }
 static float high_float(unsigned packed) { return widen(packed >> 16); }
+static unsigned subtract(unsigned pair, unsigned other) {
+    return pack(low_float(pair) - low_float(other), high_float(pair) - high_float(other));
+}
 static float exp2_fast(float x) { return std::exp2(x); }
 static float log2_fast(float x) { return std::log2(x); }
 static float reciprocal_fast(float x) { return 1.0f / x; }

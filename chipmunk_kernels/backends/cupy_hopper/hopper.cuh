@@ -209,6 +209,14 @@ __device__ __forceinline__ void store_streaming(float* target, float value) {
     asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
 }
 
+// Without a branch, which would keep the compiler from moving what is around it.
+__device__ __forceinline__ void store_16_if(bool wanted, void* target, uint4 words) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                     static_cast<int>(wanted)),
+                 "l"(target), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
 // ---- Copies ----------------------------------------------------------------------
 
 // 16 bytes, asynchronously, past L1. Both addresses are multiples of 16.
@@ -564,6 +572,13 @@ __device__ __forceinline__ float high_float(unsigned packed) {
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(value) : "r"(packed));
     return value;
 #endif
+}
+
+// The difference of two pairs of elements, each rounded once.
+__device__ __forceinline__ unsigned subtract(unsigned pair, unsigned other) {
+    unsigned difference;
+    asm("sub.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(difference) : "r"(pair), "r"(other));
+    return difference;
 }
 
 // 2^x, to 2 units in the last place; 0 for -inf.

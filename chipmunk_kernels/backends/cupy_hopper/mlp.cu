@@ -482,14 +482,23 @@ __device__ __forceinline__ void stage_out(
     }
 }
 
-// GELU's tanh form as x / (1 + exp(-2u)): for negative x, 1 + tanh(u) would cancel every digit.
-__device__ __forceinline__ float gelu_tanh(float x) {
+// GELU's tanh form is x / (1 + exp(-2u)): for negative x, 1 + tanh(u) would cancel every digit. Here 1 + exp(-2u),
+// kept below what would overflow when two are multiplied; from 2^60 on, x / (1 + exp(-2u)) is nothing beside a result.
+__device__ __forceinline__ float gelu_divisor(float x) {
     constexpr float SCALE = -2.0f * 0.7978845608028654f * 1.4426950408889634f;
-    return x * reciprocal_fast(1.0f + exp2_fast(x * (SCALE + SCALE * 0.044715f * x * x)));
+    return 1.0f + exp2_fast(fminf(x * (SCALE + SCALE * 0.044715f * x * x), 60.0f));
+}
+
+// Two at once share a reciprocal: of these epilogues, the special-function unit is what limits.
+__device__ __forceinline__ unsigned pack_gelu_tanh(float low, float high) {
+    const float divisor = gelu_divisor(low), other = gelu_divisor(high);
+    const float reciprocal = reciprocal_fast(divisor * other);
+    return pack(low * (reciprocal * other), high * (reciprocal * divisor));
 }
 
 // The activation cache's 64 rows (kept neurons) of a pass, this warpgroup's 64 tokens of each.
 struct UpEpilogue {
+    typedef int Neurons[UP_PASSES][PASS_LOADS];
     const Problem& p;
     const Tile& tile;
     const Part& part;
@@ -504,11 +513,14 @@ struct UpEpilogue {
         return part.warp * WARP_ROWS + part.lane / CHUNKS + i * (WARP / CHUNKS);
     }
     __device__ __forceinline__ int slot(int pass, int i) const { return first_slot + pass * PASS_ROWS + row(i); }
-    // The neuron in a slot, or -1 past the last. Volatile: loads that the compiler moved ahead of a pass would take
-    // the registers that the sums leave.
+    // The neuron in a slot; past the last, again the last. Volatile: loads that the compiler moved ahead of a pass would
+    // take the registers that the sums leave.
     __device__ __forceinline__ int neuron(int slot) const {
-        return slot < tile.count ? load_constant(p.indices + static_cast<index_t>(tile.row) * p.capacity + slot) : -1;
+        return load_constant(p.indices + static_cast<index_t>(tile.row) * p.capacity + min(slot, tile.count - 1));
     }
+    __device__ __forceinline__ bool kept(int pass, int i) const { return slot(pass, i) < tile.count; }
+    // Whether all threads have only whole chunks.
+    __device__ __forceinline__ bool whole() const { return p.cache_aligned && tile.tokens >= part.token + 64; }
     __device__ __forceinline__ int existing() const {
         return tile.tokens - part.token - chunk() * CHUNK_ELEMENTS;
     }
@@ -519,40 +531,82 @@ struct UpEpilogue {
     __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
         return staging + pass % 2 * PASS_BYTES + swizzled(row(i), chunk());
     }
-    // Whether all threads have only whole chunks.
-    __device__ __forceinline__ bool plain() const { return p.cache_aligned && tile.tokens >= part.token + 64; }
-    __device__ __forceinline__ void read(int pass, int i, int neuron) const {
-        if (neuron >= 0) stage_in(staged(pass, i), entries(neuron), existing(), p.cache_aligned);
+    // Whole chunks without a branch between them: of slots past the last, the last one's entries, which nobody uses.
+    __device__ __forceinline__ void read_whole(int pass, const Neurons& neurons) const {
+#pragma unroll
+        for (int i = 0; i < PASS_LOADS; ++i)
+            copy_16(shared_address(staged(pass, i)), entries(neurons[pass][i]));
     }
-    __device__ __forceinline__ void write(int pass, const int (&neurons)[PASS_LOADS]) const {
-        if (plain()) {
-            uint4 words[PASS_LOADS];
+    __device__ __forceinline__ void write_whole(int pass, const Neurons& neurons) const {
+        uint4 words[PASS_LOADS];
 #pragma unroll
-            for (int i = 0; i < PASS_LOADS; ++i) words[i] = *reinterpret_cast<const uint4*>(staged(pass, i));
+        for (int i = 0; i < PASS_LOADS; ++i) words[i] = *reinterpret_cast<const uint4*>(staged(pass, i));
 #pragma unroll
-            for (int i = 0; i < PASS_LOADS; ++i)
-                if (neurons[i] >= 0) *reinterpret_cast<uint4*>(entries(neurons[i])) = words[i];
+        for (int i = 0; i < PASS_LOADS; ++i) store_16_if(kept(pass, i), entries(neurons[pass][i]), words[i]);
+    }
+    __device__ __forceinline__ void read_ragged(int pass, int i) const {
+        if (kept(pass, i)) stage_in(staged(pass, i), entries(neuron(slot(pass, i))), existing(), p.cache_aligned);
+    }
+    __device__ __forceinline__ void write_ragged(int pass, int i) const {
+        if (kept(pass, i)) stage_out(entries(neuron(slot(pass, i))), staged(pass, i), existing(), p.cache_aligned);
+    }
+
+    // Old entries of the first two passes are asked for.
+    __device__ __forceinline__ void read_early(const Neurons& neurons) const {
+        constexpr int PASSES = UP_PASSES < 2 ? UP_PASSES : 2;
+        if (whole()) {
+            read_whole(0, neurons);
+            copies_commit();
+            if (PASSES > 1) read_whole(PASSES - 1, neurons);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < PASSES * PASS_LOADS; ++i) read_ragged(i / PASS_LOADS, i % PASS_LOADS);
+            copies_commit();
+        }
+        copies_commit();
+    }
+
+    // New entries of a pass go to the cache, and in their place come old ones of the pass after the next.
+    __device__ __forceinline__ void replace(int pass, const Neurons& neurons) const {
+        if (whole()) {
+            write_whole(pass, neurons);
+            if (pass + 2 < UP_PASSES) read_whole(pass + 2, neurons);
         } else {
 #pragma unroll 1
             for (int i = 0; i < PASS_LOADS; ++i) {
-                const int again = neuron(slot(pass, i));
-                if (again >= 0) stage_out(entries(again), staged(pass, i), existing(), p.cache_aligned);
+                write_ragged(pass, i);
+                if (pass + 2 < UP_PASSES) read_ragged(pass + 2, i);
+            }
+        }
+        copies_commit();
+    }
+
+    // A pass's new activations, as pairs of neighbouring neurons: of eights `2 i` and `2 i + 1`, two tokens each.
+    __device__ __forceinline__ void activate(
+        unsigned (&fresh)[PASS_ROWS / 16][4], const float (&sum)[ACCUMULATORS], const Element* bias, int pass) const {
+        const unsigned* biases = reinterpret_cast<const unsigned*>(bias + pass * PASS_ROWS) + part.lane % 4;
+#pragma unroll
+        for (int eight = 0; eight < PASS_ROWS / 8; ++eight) {
+            const unsigned offsets = biases[eight * 4];
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                const float* values = sum + pass * 32 + eight * 4 + token * 2;
+                fresh[eight / 2][eight % 2 * 2 + token] =
+                    pack_gelu_tanh(values[0] + low_float(offsets), values[1] + high_float(offsets));
             }
         }
     }
 
     // New activations into the staged rows, in place of the old; their difference into the packed delta.
-    __device__ __forceinline__ void change(const float (&sum)[ACCUMULATORS], const Element* bias, int pass) const {
+    __device__ __forceinline__ void change(
+        const unsigned (&fresh)[PASS_ROWS / 16][4], int pass, unsigned char* images) const {
         const int quarter = part.lane % 4, matrix = part.lane / 8, within = part.lane % 8;
         // Matrices: of 8 neurons and the next 8, the warp's first 8 tokens and its last.
         const unsigned rows = shared_address(staging) + pass % 2 * PASS_BYTES +
                               swizzled(matrix / 2 * 8 + within, part.warp * 2 + matrix % 2);
         const int left = tile.count - first_slot - pass * PASS_ROWS - 2 * quarter;
-        unsigned char* image = p.images(tile.row, tile.part) +
-                               static_cast<index_t>(first_slot / DEPTH + pass) * A_BYTES +
+        unsigned char* image = images + static_cast<index_t>(first_slot / DEPTH + pass) * A_BYTES +
                                (part.token + part.warp * 16 + part.lane / 4) * ROW_BYTES;
-        const unsigned* biases = reinterpret_cast<const unsigned*>(bias + pass * PASS_ROWS) + quarter;
-        // All at once: a store would be a fence to the loads after it.
         unsigned olds[PASS_ROWS / 16][4];
 #pragma unroll
         for (int i = 0; i < PASS_ROWS / 16; ++i) load_matrix_4_transposed(rows + i * 2 * ATOM_BYTES, olds[i]);
@@ -560,29 +614,40 @@ struct UpEpilogue {
         for (int half = 0; half < 2; ++half) {
             unsigned delta[2][4];
 #pragma unroll
-            for (int pair = 0; pair < 4; pair += 2) {
-                const unsigned(&old)[4] = olds[half * 2 + pair / 2];
-                unsigned fresh[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int eight = half * 4 + pair + i / 2, token = i % 2;
-                    const float* values = sum + pass * 32 + eight * 4 + token * 2;
-                    const unsigned offsets = biases[eight * 4];
-                    fresh[i] = pack(
-                        gelu_tanh(values[0] + low_float(offsets)), gelu_tanh(values[1] + high_float(offsets)));
-                    const float low = low_float(fresh[i]) - low_float(old[i]);
-                    const float high = high_float(fresh[i]) - high_float(old[i]);
-                    delta[token][pair + i / 2] =
-                        pack(eight * 8 < left ? low : 0.0f, eight * 8 + 1 < left ? high : 0.0f);
-                }
-                store_matrix_4_transposed(
-                    rows + (half * 4 + pair) * ATOM_BYTES, fresh[0], fresh[1], fresh[2], fresh[3]);
+            for (int i = 0; i < 8; ++i) {
+                const int eight = half * 4 + i / 2;
+                const unsigned kept = eight * 8 + 1 < left ? 0xffffffff : eight * 8 < left ? 0xffff : 0;
+                delta[i % 2][i / 2] = subtract(fresh[half * 2 + i / 4][i % 4], olds[half * 2 + i / 4][i % 4]) & kept;
             }
             const int chunk = (half * 4 + quarter) ^ (part.lane / 4);
 #pragma unroll
             for (int token = 0; token < 2; ++token)
                 *reinterpret_cast<uint4*>(image + token * 8 * ROW_BYTES + chunk * 16) =
                     make_uint4(delta[token][0], delta[token][1], delta[token][2], delta[token][3]);
+        }
+#pragma unroll
+        for (int i = 0; i < PASS_ROWS / 16; ++i)
+            store_matrix_4_transposed(
+                rows + i * 2 * ATOM_BYTES, fresh[i][0], fresh[i][1], fresh[i][2], fresh[i][3]);
+    }
+
+    __device__ __forceinline__ void run(
+        const float (&sum)[ACCUMULATORS], const Element* bias, const Neurons& neurons) const {
+        unsigned char* images = p.images(tile.row, tile.part);
+        unsigned fresh[2][PASS_ROWS / 16][4];
+        activate(fresh[0], sum, bias, 0);
+        // In ragged tiles all that was asked for is in one group.
+        if (UP_PASSES > 1 && whole()) copies_wait<1>();
+        else copies_wait<0>();
+        part.sync();
+#pragma unroll
+        for (int pass = 0; pass < UP_PASSES; ++pass) {
+            change(fresh[pass % 2], pass, images);
+            if (pass + 1 < UP_PASSES) activate(fresh[(pass + 1) % 2], sum, bias, pass + 1);
+            // One barrier for what was changed and for the old entries of the next pass.
+            copies_wait<0>();
+            part.sync();
+            replace(pass, neurons);
         }
     }
 };
@@ -640,33 +705,39 @@ struct DownEpilogue {
     __device__ __forceinline__ unsigned char* staged(int pass, int i) const {
         return staging + pass % 2 * PASS_BYTES + swizzled(row(i), part.lane % CHUNKS);
     }
-    __device__ __forceinline__ void read(int pass) const {
-#pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i)
-            stage_in(staged(pass, i), entries(pass, i), existing(pass, i), p.output_aligned);
-    }
-    __device__ __forceinline__ void write(int pass) const {
-#pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i)
-            stage_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
-    }
-
     // Whether all threads have only whole chunks.
-    __device__ __forceinline__ bool plain() const {
+    __device__ __forceinline__ bool whole() const {
         return p.output_aligned && tile.tokens >= part.token + 64 &&
                tile.block * WIDE + part.column + WIDTH <= p.width_out;
     }
-    __device__ __forceinline__ void add(int pass) const {
-        if (plain()) {
+    __device__ __forceinline__ void read(int pass) const {
+        if (pass >= DOWN_PASSES) return;
+        if (whole()) {
+#pragma unroll
+            for (int i = 0; i < PASS_LOADS; ++i) copy_16(shared_address(staged(pass, i)), entries(pass, i));
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < PASS_LOADS; ++i)
+                stage_in(staged(pass, i), entries(pass, i), existing(pass, i), p.output_aligned);
+        }
+    }
+    // The staged rows put to the output cache, or added there.
+    __device__ __forceinline__ void write(int pass) const {
+        if (whole()) {
             uint4 words[PASS_LOADS];
 #pragma unroll
             for (int i = 0; i < PASS_LOADS; ++i) words[i] = *reinterpret_cast<const uint4*>(staged(pass, i));
 #pragma unroll
-            for (int i = 0; i < PASS_LOADS; ++i) add_16(entries(pass, i), words[i]);
+            for (int i = 0; i < PASS_LOADS; ++i) {
+                if (ADD_IN_L2) add_16(entries(pass, i), words[i]);
+                else *reinterpret_cast<uint4*>(entries(pass, i)) = words[i];
+            }
         } else {
 #pragma unroll 1
-            for (int i = 0; i < PASS_LOADS; ++i)
-                add_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+            for (int i = 0; i < PASS_LOADS; ++i) {
+                if (ADD_IN_L2) add_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+                else stage_out(entries(pass, i), staged(pass, i), existing(pass, i), p.output_aligned);
+            }
         }
     }
 
@@ -700,13 +771,29 @@ struct DownEpilogue {
         }
 #endif
     }
+
+    __device__ __forceinline__ void run(const float (&sum)[ACCUMULATORS]) const {
+#pragma unroll
+        for (int pass = 0; pass < DOWN_PASSES; ++pass) {
+            if (!ADD_IN_L2) copies_wait<1>();
+            // Other lanes may still be reading what was staged there before, or bring what is now.
+            __syncwarp();
+            change(sum, pass);
+            __syncwarp();
+            write(pass);
+            if (!ADD_IN_L2) {
+                read(pass + 2);
+                copies_commit();
+            }
+        }
+    }
 };
 
 // Each thread stages the same chunks in and out, so that no barrier is needed between a write and the next read, nor
 // between two tiles: other warps' are behind a pass's one barrier (up), or touch only their own rows (down).
 __device__ __forceinline__ void consume_up(
     const Problem& p, const Tile& tile, const Shared& shared, Position& at, const Part& part) {
-    constexpr int EARLY = UP_PASSES < 2 ? UP_PASSES : 2, BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
+    constexpr int BIASES = (WIDTH + WARPGROUP - 1) / WARPGROUP;
     const UpEpilogue epilogue(p, tile, part, shared.staging(part.warpgroup));
     Element* bias = shared.bias(part.warpgroup);
     const int steps = (p.width + DEPTH - 1) / DEPTH;
@@ -717,19 +804,13 @@ __device__ __forceinline__ void consume_up(
     for (int i = 0; i < UP_PASSES * PASS_LOADS; ++i)
         neurons[i / PASS_LOADS][i % PASS_LOADS] = epilogue.neuron(epilogue.slot(i / PASS_LOADS, i % PASS_LOADS));
 #pragma unroll
-    for (int i = 0; i < BIASES; ++i)
-        biased[i] = p.b1 ? epilogue.neuron(epilogue.first_slot + part.thread + i * WARPGROUP) : -1;
+    for (int i = 0; i < BIASES; ++i) biased[i] = epilogue.neuron(epilogue.first_slot + part.thread + i * WARPGROUP);
 
     const int early = min(part.steps_before_prefetch(), steps);
     multiply_steps<0>(sum, shared, at, part, 0, early);
 #pragma unroll
-    for (int i = 0; i < BIASES; ++i) values[i] = biased[i] >= 0 ? __ldg(p.b1 + biased[i]) : 0;
-#pragma unroll
-    for (int pass = 0; pass < EARLY; ++pass) {
-#pragma unroll
-        for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass, i, neurons[pass][i]);
-        copies_commit();
-    }
+    for (int i = 0; i < BIASES; ++i) values[i] = p.b1 ? __ldg(p.b1 + biased[i]) : 0;
+    epilogue.read_early(neurons);
     multiply_steps<0>(sum, shared, at, part, early, steps);
     finish_steps(sum, shared, at, part);
     MARK(summed, nanoseconds());
@@ -737,22 +818,8 @@ __device__ __forceinline__ void consume_up(
 #pragma unroll
     for (int i = 0; i < BIASES; ++i)
         if (part.thread + i * WARPGROUP < WIDTH) bias[part.thread + i * WARPGROUP] = values[i];
-    if (UP_PASSES > 1) copies_wait<1>();
-    else copies_wait<0>();
     part.sync();
-#pragma unroll
-    for (int pass = 0; pass < UP_PASSES; ++pass) {
-        epilogue.change(sum, bias, pass);
-        // One barrier for what was changed and for the old entries of the next pass.
-        copies_wait<0>();
-        part.sync();
-        epilogue.write(pass, neurons[pass]);
-        if (pass + 2 < UP_PASSES) {
-#pragma unroll
-            for (int i = 0; i < PASS_LOADS; ++i) epilogue.read(pass + 2, i, neurons[pass + 2][i]);
-            copies_commit();
-        }
-    }
+    epilogue.run(sum, bias, neurons);
     // All of the delta is written, and bulk copies will read it.
     fence_async_proxy_global();
     part.sync();
@@ -769,7 +836,7 @@ __device__ __forceinline__ void consume_down(
         multiply_steps<1>(sum, shared, at, part, 0, early);
 #pragma unroll
         for (int pass = 0; pass < 2; ++pass) {
-            if (pass < DOWN_PASSES) epilogue.read(pass);
+            epilogue.read(pass);
             copies_commit();
         }
     }
@@ -778,30 +845,7 @@ __device__ __forceinline__ void consume_down(
     MARK(summed, nanoseconds());
     // Every step's delta has been seen in shared memory: its place in the ring is free for this warpgroup.
     if (part.thread == 0) announce(p.drained(tile.row, tile.part));
-#if ADD_IN_L2
-    // Other lanes may still be reading what the tile before staged.
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < DOWN_PASSES; ++pass) {
-        epilogue.change(sum, pass);
-        __syncwarp();
-        epilogue.add(pass);
-    }
-#else
-#pragma unroll
-    for (int pass = 0; pass < DOWN_PASSES; ++pass) {
-        if (pass + 1 < DOWN_PASSES) copies_wait<1>();
-        else copies_wait<0>();
-        __syncwarp();
-        epilogue.change(sum, pass);
-        __syncwarp();
-        epilogue.write(pass);
-        if (pass + 2 < DOWN_PASSES) {
-            epilogue.read(pass + 2);
-            copies_commit();
-        }
-    }
-#endif
+    epilogue.run(sum);
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Shared& shared, int number) {
