@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from tuner.hardware import Ceilings, Hardware, detect, measure_ceilings, toolcha
 from tuner.measure import CPU_POLICY, CUDA_POLICY, CpuTimer, CudaTimer, Timer, TimingPolicy
 from tuner.problem import Options
 from tuner.store import Store
+
+if TYPE_CHECKING:
+    from tuner.sm_clock import SmClock
 
 ROOFLINE_MARGIN = {"cuda": 1.25, "cpu": 2.0}
 """How much faster than the measured ceilings a timing may be before it is invalid: those of a CPU that others
@@ -72,7 +76,7 @@ def open_bench(device: torch.device, dtypes: Iterable[str], store: Store) -> Ben
     timer: Timer
     builder: Builder
     if device.type == "cuda":
-        timer = CudaTimer(device, hardware.cache_bytes)
+        timer = CudaTimer(device, hardware.cache_bytes, watch(device))
         honesty = timer.honesty()
         if not 1.9 < honesty < 2.1:
             _log.warning("the timer reads %.2f for a spin twice as long: do not trust these times", honesty)
@@ -83,6 +87,10 @@ def open_bench(device: torch.device, dtypes: Iterable[str], store: Store) -> Ben
     )
 
 
-def sm_clock(timer: Timer) -> float | None:
-    """The SM clock in MHz right now; None where the timer has no such thing."""
-    return round(timer.sm_clock_mhz()) if isinstance(timer, CudaTimer) else None
+def watch(device: torch.device) -> SmClock | None:
+    """What watches the SM clock; None without Triton, which it is written in."""
+    try:
+        from tuner.sm_clock import SmClock
+    except ImportError:
+        return None
+    return SmClock(device)

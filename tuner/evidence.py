@@ -26,7 +26,6 @@ def evidence(
     progress: Progress,
     check: Check,
     crossover: Crossover | None,
-    clocks: list[float | None],
 ) -> dict[str, Any]:
     """Everything that design and reader ask of an entry: medians, spread, baseline, verdict, correctness,
     how."""
@@ -52,7 +51,7 @@ def evidence(
             "finals": "interleaved rounds, order rotated and reversed",
             "finals_stopped_by": finals.stopped_by,
             "search_policy": bench.policy.as_dict(),
-            **({"sm_clock_mhz": clocks} if None not in clocks else {}),
+            **_clocks(finals),
         },
         "search": search_evidence(progress),
         "toolchain": dict(bench.toolchain),
@@ -80,6 +79,13 @@ def _ideal(bench: Bench, case: Case, winner_ms: float) -> dict[str, Any]:
         "bandwidth_gbs": significant(bench.ceilings.bandwidth_gbs, 4),
         "speedup_by_density": significant(1 / problem.density, 4) if problem.operation in CROSSED else None,
     }
+
+
+def _clocks(finals: Finals) -> dict[str, Any]:
+    """SM clocks in MHz during the finals, where the timer watched them."""
+    clocks = {"winner": finals.clocks.get(finals.winner), "dense_baseline": finals.clocks.get(DENSE)}
+    known = {name: round(mhz) for name, mhz in clocks.items() if mhz}
+    return {"sm_clock_mhz": known} if known else {}
 
 
 def _runner_up(finals: Finals) -> dict[str, Any] | None:

@@ -8,11 +8,11 @@ leader twice: its difference from itself is the noise floor, below which nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuner.baselines import CROSSED, Baseline
-from tuner.measure import Timer, Work, interleave
+from tuner.measure import Timer, Work, interleave, sm_clock_of
 from tuner.problem import Case, KernelWork, make_case
 from tuner.space import Candidate
 from tuner.statistics import (
@@ -46,6 +46,7 @@ class Finals:
         runner_up: key of the second, None if there was one finalist only.
         over_runner_up: runner-up over winner.
         stopped_by: the rule that ended the rounds.
+        clocks: key → median SM clock in MHz while it was sampled, where the timer watches that.
     """
 
     winner: str
@@ -57,6 +58,7 @@ class Finals:
     runner_up: str | None
     over_runner_up: Interval | None
     stopped_by: str
+    clocks: dict[str, float] = field(default_factory=dict)
 
 
 def run_finals(
@@ -82,7 +84,8 @@ def run_finals(
         warm_up_s=warm_up_s,
     )
     defaults = [candidate.key for candidate in finalists if candidate.is_default]
-    return judge(samples, finalists[0].key, defaults, stopped_by)
+    clocks = {key: mhz for key, work in works.items() if (mhz := sm_clock_of(timer, work)) is not None}
+    return replace(judge(samples, finalists[0].key, defaults, stopped_by), clocks=clocks)
 
 
 def judge(

@@ -19,7 +19,7 @@ import optuna
 
 from chipmunk_kernels.profiles import Entry
 from tuner.baselines import Baseline, baselines
-from tuner.bench import Bench, sm_clock
+from tuner.bench import Bench
 from tuner.errors import failure
 from tuner.evaluate import Evaluator
 from tuner.evidence import evidence, search_evidence
@@ -240,11 +240,9 @@ class Tuning:
             return Result(self.item, counts=self._progress.statuses(), note=note)
         timer, policy = self._bench.timer, self._bench.policy
         dense = self._fastest_baseline(case)
-        clock_before = sm_clock(timer)
         finals = run_finals(case, finalists, dense, timer, finals_s, policy.warm_up_s)
         self._judged |= {candidate.key for candidate in finalists}
         winner = self._space.candidates[finals.winner]
-        clocks = [clock_before, sm_clock(timer)]
         speedup, seed = finals.speedup.median, self._settings.seed
         crossover = find_crossover(winner, case, dense, speedup, seed, timer, 2 * policy.max_seconds)
         check, progress = self._checks[finals.winner], self._progress
@@ -252,7 +250,7 @@ class Tuning:
             case.problem,
             winner.kernel.backend,
             winner.settings.as_dict(),
-            evidence(self._bench, case, winner, finals, dense, progress, check, crossover, clocks),
+            evidence(self._bench, case, winner, finals, dense, progress, check, crossover),
             crossover.density if crossover else None,
         )
         return self._concluded(self._with_others(entry))

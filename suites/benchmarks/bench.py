@@ -22,6 +22,7 @@ from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
 from chipmunk_kernels.settings import LaunchSettings
 from tuner.baselines import Baseline, survey, work_of
+from tuner.bench import watch
 from tuner.hardware import Ceilings, Hardware
 from tuner.measure import CpuTimer, CudaTimer, Timer, TimingPolicy, Work, measure
 from tuner.problem import Case, KernelWork, make_case
@@ -102,7 +103,7 @@ def backends(asked: Sequence[str], device: torch.device) -> list[str]:
 def make_timer(device: torch.device, hardware: Hardware) -> Timer:
     """The tuner's timer for the device."""
     if device.type == "cuda":
-        return CudaTimer(device, hardware.cache_bytes)
+        return CudaTimer(device, hardware.cache_bytes, watch(device))
     return CpuTimer(hardware.cache_bytes)
 
 

@@ -97,3 +97,23 @@ def test_table_of_one_kernel() -> None:
     header, *lines = done.stdout.splitlines()
     assert header.split()[:2] == ["kernel", "target"]
     assert [line.split()[:2] for line in lines] == [["group_mean", "sm_90"]]
+
+
+STAMP = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tuner.sm_clock import stamp_kernel
+for capability in (80, 90, 100):
+    source = ASTSource(stamp_kernel, {"stamps": "*i64"}, {})
+    target = GPUTarget("cuda", capability, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": 1}).asm["ptx"]
+    print(capability, ptx.count("%clock64"), ptx.count("%globaltimer"), ptx.count("%smid"))
+"""
+
+
+def test_the_clock_stamp_reads_all_three_registers_on_every_target() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", STAMP]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    assert done.stdout.split("\n")[:3] == ["80 1 1 1", "90 1 1 1", "100 1 1 1"], done.stderr

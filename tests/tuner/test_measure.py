@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.tuner.fakes import Clock, FakeTimer, ScriptedWork
-from tuner.measure import CpuTimer, CudaTimer, TimingPolicy, interleave, measure
+from tuner.bench import watch
+from tuner.measure import CpuTimer, CudaTimer, TimingPolicy, interleave, measure, sm_clock_of
+from tuner.sm_clock import clock_mhz
 
 POLICY = TimingPolicy(
     warm_up_s=0.0, min_samples=6, max_samples=20, target_width=0.02, max_seconds=10.0, race_samples=2
@@ -171,21 +173,65 @@ def test_a_cuda_sample_hides_the_enqueue_clears_the_cache_and_times_the_call_alo
     assert "150 MiB" in timer.name
 
 
-def test_the_cuda_timer_knows_the_clock_and_its_own_honesty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cuda_timer_knows_its_own_honesty(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCuda(monkeypatch)
     timer = CudaTimer(torch.device("cuda"), l2_bytes=50 << 20)
-    assert timer.sm_clock_mhz() == pytest.approx(1500.0)
     assert timer.honesty() == pytest.approx(2.0)
+
+
+class ScriptedClock:
+    """Gives these clocks, one a sample, and notes in the device's log when it was asked to stamp."""
+
+    def __init__(self, log: list[str], *mhz: float | None) -> None:
+        self._log, self._mhz = log, list(mhz)
+
+    def begin(self) -> None:
+        self._log.append("begin")
+
+    def end(self) -> None:
+        self._log.append("end")
+
+    def mhz(self) -> float | None:
+        return self._mhz.pop(0)
+
+
+def test_the_clock_is_stamped_outside_of_the_timed_window_and_its_median_kept_by_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    clock = ScriptedClock(cuda.log, 1500.0, None, 1700.0, 1200.0)
+    timer = CudaTimer(torch.device("cuda"), 50 << 20, clock)
+    cuda.log.clear()
+    work, other = ScriptedWork(lambda n: cuda.launch(1.0)), ScriptedWork(lambda n: cuda.launch(1.0))
+    assert sm_clock_of(timer, work) is None
+    for _ in range(3):
+        timer.sample(work)
+    timer.sample(other)
+    assert cuda.log[:8] == ["spin", "clear", "begin", "record", "launch", "record", "end", "synchronize"]
+    assert sm_clock_of(timer, work) == 1600.0  # what could not be told does not count
+    assert sm_clock_of(timer, other) == 1200.0
+
+
+def test_a_clock_is_cycles_over_time_on_one_multiprocessor() -> None:
+    assert clock_mhz([1_000, 5_000, 7], [151_000, 105_000, 7]) == pytest.approx(1500.0)
+    assert clock_mhz([1_000, 5_000, 7], [151_000, 105_000, 8]) is None
+    assert clock_mhz([1_000, 5_000, 7], [151_000, 5_000, 7]) is None  # the nanoseconds did not advance
+    assert clock_mhz([1_000, 5_000, 7], [900, 105_000, 7]) is None
 
 
 @pytest.mark.gpu
 def test_the_cuda_timer_is_honest_on_a_real_device() -> None:
-    timer = CudaTimer(torch.device("cuda"), l2_bytes=50 << 20)
+    device = torch.device("cuda", 0)
+    timer = CudaTimer(device, 50 << 20, watch(device))
     assert timer.honesty() == pytest.approx(2.0, rel=0.05)
-    assert 300 < timer.sm_clock_mhz() < 4000
     x = torch.randn(4096, 4096, device="cuda")
     matmul = ScriptedWork(lambda n: float((x @ x).shape[0]))
     assert 0.05 < timer.sample(matmul) < 1000
+    # A spin of known cycles, timed by events and by stamps around it.
+    spin = ScriptedWork(lambda n: float(torch.cuda._sleep(10_000_000) is None))
+    ms = [timer.sample(spin) for _ in range(5)]
+    clock = sm_clock_of(timer, spin)
+    assert clock == pytest.approx(1e4 / sorted(ms)[2], rel=0.03)
 
 
 def test_the_fake_clock_stands_still_by_itself() -> None:

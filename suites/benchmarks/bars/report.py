@@ -24,6 +24,7 @@ HEADERS = (
     "of floor",
     "dense",
     "speedup",
+    "MHz: it, dense",
     "of copy: same size, large",
     "extra MiB",
     "launch us",
@@ -186,6 +187,7 @@ class Report:
             "impossible" if self.impossible(row) else f"{100 * share:.0f} %",
             duration(row.dense.median),
             f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})",
+            _clocks(row),
             f"{100 * same.median:.0f} %, {100 * large:.0f} %" if same and large else "",
             _number(row.extra_mib),
             _number(row.launch_us),
@@ -261,7 +263,23 @@ class Report:
             "extra_mib": row.extra_mib,
             "launch_us": row.launch_us and significant(row.launch_us, 3),
             "torch_launch_us": row.torch_launch_us and significant(row.torch_launch_us, 3),
+            "sm_clock_mhz": row.clock_mhz and significant(row.clock_mhz, 4),
+            "dense_sm_clock_mhz": row.dense_clock_mhz and significant(row.dense_clock_mhz, 4),
+            "speedup_in_cycles": (cycles := speedup_in_cycles(row)) and significant(cycles, 4),
         }
+
+
+def _clocks(row: Row) -> str:
+    if not row.clock_mhz or not row.dense_clock_mhz:
+        return ""
+    return f"{row.clock_mhz:.0f}, {row.dense_clock_mhz:.0f}"
+
+
+def speedup_in_cycles(row: Row) -> float | None:
+    """Dense over kernel at the same SM clock: what is the kernel's own, whatever power left of the clock."""
+    if row.speedup is None or not row.clock_mhz or not row.dense_clock_mhz:
+        return None
+    return row.speedup.median * row.dense_clock_mhz / row.clock_mhz
 
 
 def _number(value: float | None) -> str:

@@ -23,7 +23,7 @@ from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
 from suites.benchmarks.bench import make_timer
 from tuner.baselines import ATTENTION, CROSSED, Baseline, Survey, survey, work_of
 from tuner.hardware import detect
-from tuner.measure import Timer, TimingPolicy, interleave
+from tuner.measure import Timer, TimingPolicy, interleave, sm_clock_of
 from tuner.measure import measure as measure_baseline
 from tuner.problem import Case, KernelWork, Options, make_case
 from tuner.statistics import Interval, median_interval, paired_ratio
@@ -87,6 +87,8 @@ class Row:
         extra_mib: memory of a call beyond inputs and results; None where it cannot be told.
         launch_us: host time of one call, at its fastest; None where nothing is launched.
         torch_launch_us: of a launch of torch's own in the same batches: whether the host was slow.
+        clock_mhz: SM clock while the kernel was sampled, None where nothing watches it.
+        dense_clock_mhz: the same of the baseline, which follows power, too.
     """
 
     item: LabelledProblem
@@ -106,6 +108,8 @@ class Row:
     extra_mib: float | None = None
     launch_us: float | None = None
     torch_launch_us: float | None = None
+    clock_mhz: float | None = None
+    dense_clock_mhz: float | None = None
 
 
 def chosen(task: Task) -> tuple[Kernel, LaunchSettings]:
@@ -171,6 +175,8 @@ def measure(task: Task) -> Row:
         extra_mib=extra_mib(subject.case, kernel, settings),
         launch_us=launch.us if launch else None,
         torch_launch_us=launch.torch_us if launch else None,
+        clock_mhz=sm_clock_of(subject.timer, works[task.backend]),
+        dense_clock_mhz=sm_clock_of(subject.timer, works[DENSE]),
     )
 
 
