@@ -161,8 +161,8 @@ def interleave(
 
     The order rotates from round to round and every other round runs backwards, so that no work of three or
     more always follows the same one. Two alternate: the clock is then what the other leaves, and code is as
-    cold as in a model (which costs 3 % of an MLP's 127 us on an H200). The rule `interval` asks that the ratio
-    of each work to the first be known to that width.
+    cold as in a model (which costs 3 % of an MLP's 127 us on an H200). The rule `interval` asks that the
+    ratio of each work to the first be known to that width.
     `time` may end it below `min_rounds`, but below `FEWEST` rounds only after three times `max_seconds`: one
     problem on an overloaded machine must not eat the time of all others.
     """
