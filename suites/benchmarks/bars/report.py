@@ -25,6 +25,7 @@ HEADERS = (
     "dense",
     "speedup",
     "MHz: it, dense",
+    "by itself",
     "of copy: same size, large",
     "extra MiB",
     "launch us",
@@ -188,6 +189,7 @@ class Report:
             duration(row.dense.median),
             f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})",
             _clocks(row),
+            _alone(row),
             f"{100 * same.median:.0f} %, {100 * large:.0f} %" if same and large else "",
             _number(row.extra_mib),
             _number(row.launch_us),
@@ -265,8 +267,26 @@ class Report:
             "torch_launch_us": row.torch_launch_us and significant(row.torch_launch_us, 3),
             "sm_clock_mhz": row.clock_mhz and significant(row.clock_mhz, 4),
             "dense_sm_clock_mhz": row.dense_clock_mhz and significant(row.dense_clock_mhz, 4),
+            "alone": row.alone
+            and {
+                **row.alone.as_dict("ms"),
+                "sm_clock_mhz": row.alone_clock_mhz and significant(row.alone_clock_mhz, 4),
+                "speedup": (alone := speedup_alone(row)) and significant(alone, 4),
+            },
             "speedup_in_cycles": (cycles := speedup_in_cycles(row)) and significant(cycles, 4),
         }
+
+
+def speedup_alone(row: Row) -> float | None:
+    """Dense between the kernel's calls, which hardly cool it, over the kernel between calls of its own."""
+    return row.dense.median / row.alone.median if row.dense and row.alone else None
+
+
+def _alone(row: Row) -> str:
+    speedup = speedup_alone(row)
+    if row.alone is None or row.alone_clock_mhz is None or speedup is None:
+        return ""
+    return f"{duration(row.alone.median)} at {row.alone_clock_mhz:.0f} MHz, {speedup:.2f}x"
 
 
 def _clocks(row: Row) -> str:

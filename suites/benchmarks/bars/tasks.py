@@ -23,8 +23,8 @@ from suites.benchmarks.bars.costs import extra_mib, launch_us, smallest
 from suites.benchmarks.bench import make_timer
 from tuner.baselines import ATTENTION, CROSSED, Baseline, Survey, survey, work_of
 from tuner.hardware import detect
-from tuner.measure import Timer, TimingPolicy, interleave, sm_clock_of
-from tuner.measure import measure as measure_baseline
+from tuner.measure import Timer, TimingPolicy, Work, interleave, sm_clock_of
+from tuner.measure import measure as measure_one
 from tuner.problem import Case, KernelWork, Options, make_case
 from tuner.statistics import Interval, median_interval, paired_ratio
 from tuner.verify import Check, Sampled, synchronize, verify_small
@@ -39,6 +39,11 @@ SCREENING = TimingPolicy(warm_up_s=0.02, min_samples=2, max_samples=7, max_secon
 FAR_BEHIND = 1.5
 """A baseline that much slower in a first sample is out: over a video, a second one takes half a second."""
 WARM_UP_S = 0.1
+LONG_MS = 5.0
+SETTLING = TimingPolicy(warm_up_s=0.3, min_samples=1, max_samples=1)
+ALONE = TimingPolicy(warm_up_s=0.0, min_samples=6, max_samples=12, target_width=0.0, max_seconds=0.4)
+"""A device takes tens of milliseconds to follow power with its clock: calls of at least `LONG_MS` are timed
+by themselves, too, after as many as that takes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ class Row:
         launch_us: host time of one call, at its fastest; None where nothing is launched.
         torch_launch_us: of a launch of torch's own in the same batches: whether the host was slow.
         clock_mhz: SM clock while the kernel was sampled, None where nothing watches it.
-        dense_clock_mhz: the same of the baseline, which follows power, too.
+        dense_clock_mhz: the same of the baseline.
+        alone: of calls that follow only each other, in ms; None for short ones and where no clock is watched.
+        alone_clock_mhz: SM clock of those.
     """
 
     item: LabelledProblem
@@ -110,6 +117,8 @@ class Row:
     torch_launch_us: float | None = None
     clock_mhz: float | None = None
     dense_clock_mhz: float | None = None
+    alone: Interval | None = None
+    alone_clock_mhz: float | None = None
 
 
 def chosen(task: Task) -> tuple[Kernel, LaunchSettings]:
@@ -158,13 +167,16 @@ def measure(task: Task) -> Row:
     if subject.copy is not None:
         works[COPY] = subject.copy
     samples, _ = interleave(works, subject.timer, max_seconds=task.max_seconds, warm_up_s=WARM_UP_S)
+    time = median_interval(samples[task.backend])
+    warm_up, again = (KernelWork(subject.case, kernel, settings) for _ in range(2))
+    alone, alone_clock_mhz = time_alone(warm_up, again, subject.timer, time.median)
     launch = launch_us(subject.case, kernel, settings)
     return Row(
         task.item,
         task.backend,
         settings=settings.as_dict(),
         tuned=tuned,
-        time=median_interval(samples[task.backend]),
+        time=time,
         dense=median_interval(samples[DENSE]),
         dense_name=dense_name,
         dense_failed=failed,
@@ -177,7 +189,28 @@ def measure(task: Task) -> Row:
         torch_launch_us=launch.torch_us if launch else None,
         clock_mhz=sm_clock_of(subject.timer, works[task.backend]),
         dense_clock_mhz=sm_clock_of(subject.timer, works[DENSE]),
+        alone=alone,
+        alone_clock_mhz=alone_clock_mhz,
     )
+
+
+def time_alone(
+    warm_up: Work, work: Work, timer: Timer, expected_ms: float
+) -> tuple[Interval | None, float | None]:
+    """Time and SM clock of calls that follow only each other, where that can make a difference.
+
+    A kernel that takes less power than the baseline runs at a higher clock by itself, as it does in a model
+    that calls it far more often than dense attention; between calls of the baseline it runs at that one's.
+    `warm_up` is the same work, whose clocks do not count.
+    """
+    if expected_ms < LONG_MS:
+        return None, None
+    timer.sample(warm_up)
+    if sm_clock_of(timer, warm_up) is None:
+        return None, None
+    measure_one(warm_up, timer, SETTLING)
+    found = measure_one(work, timer, ALONE)
+    return found.interval, sm_clock_of(timer, work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +272,7 @@ def _fastest(found: list[Baseline], timer: Timer) -> Baseline:
     near = [baseline for baseline in found if first[baseline] <= FAR_BEHIND * min(first.values())]
     if len(near) == 1:
         return near[0]
-    return min(near, key=lambda baseline: measure_baseline(baseline, timer, SCREENING).median_ms)
+    return min(near, key=lambda baseline: measure_one(baseline, timer, SCREENING).median_ms)
 
 
 @functools.cache
