@@ -72,8 +72,12 @@ def sparse_mlp(
 
 
 def group_mean(x: Tensor, group_size: int, settings: GroupMeanSettings) -> Tensor:
-    """See `ops.mlp.group_mean`."""
-    return torch.stack([rows.float().mean(1) for rows in x.split(group_size, dim=1)], dim=1).to(x.dtype)
+    """See `ops.mlp.group_mean`. `Tensor.mean` adds 16-bit elements up in float32."""
+    whole = x.shape[1] // group_size * group_size
+    means = x[:, :whole].unflatten(1, (-1, group_size)).mean(2)
+    if whole == x.shape[1]:
+        return means
+    return torch.cat([means, x[:, whole:].mean(1, keepdim=True)], dim=1)
 
 
 def _group(
