@@ -25,7 +25,8 @@ def stamp_kernel(stamps):
 
 
 class SmClock:
-    """Mean SM clock between `begin` and `end`, which enqueue a stamp each on the current stream.
+    """Mean SM clock between `begin` and `end`, which enqueue a stamp each on the current stream of `device`,
+    the current device then.
 
     Cycle counters of different multiprocessors do not compare. On an idle device a kernel of one block is
     always given the same one; where it is not, there is no clock.
@@ -33,8 +34,9 @@ class SmClock:
 
     def __init__(self, device: torch.device) -> None:
         self._stamps = torch.zeros(2, 3, dtype=torch.int64, device=device)
-        self.begin()
-        self.end()
+        with torch.cuda.device(device):  # compiles here, not beside a sample
+            self.begin()
+            self.end()
 
     def begin(self) -> None:
         stamp_kernel[(1,)](self._stamps[0], num_warps=1)

@@ -11,7 +11,7 @@ import torch
 from tests.tuner.fakes import Clock, FakeTimer, ScriptedWork
 from tuner.bench import watch
 from tuner.measure import CpuTimer, CudaTimer, TimingPolicy, interleave, measure, sm_clock_of
-from tuner.sm_clock import clock_mhz
+from tuner.sm_clock import SmClock, clock_mhz
 
 POLICY = TimingPolicy(
     warm_up_s=0.0, min_samples=6, max_samples=20, target_width=0.02, max_seconds=10.0, race_samples=2
@@ -210,6 +210,17 @@ def test_the_clock_is_stamped_outside_of_the_timed_window_and_its_median_kept_by
     assert cuda.log[:8] == ["spin", "clear", "begin", "record", "launch", "record", "end", "synchronize"]
     assert sm_clock_of(timer, work) == 1600.0  # what could not be told does not count
     assert sm_clock_of(timer, other) == 1200.0
+
+
+def test_a_machine_whose_triton_cannot_compile_is_tuned_without_clocks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: SmClock, device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(SmClock, "__init__", broken)
+    assert watch(torch.device("cuda")) is None
+    assert "Failed to find C compiler" in caplog.text
 
 
 def test_a_clock_is_cycles_over_time_on_one_multiprocessor() -> None:
