@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +13,9 @@ from chipmunk_kernels.problem import Problem
 from tuner.baselines import work_of
 from tuner.build import Builder, InlineBuilder, PoolBuilder, check
 from tuner.hardware import Ceilings, Hardware, detect, measure_ceilings, toolchain
-from tuner.measure import CPU_POLICY, CUDA_POLICY, CpuTimer, CudaTimer, Timer, TimingPolicy
+from tuner.measure import CPU_POLICY, CUDA_POLICY, Clocked, CpuTimer, CudaTimer, Timer, TimingPolicy
 from tuner.problem import Options
 from tuner.store import Store
-
-if TYPE_CHECKING:
-    from tuner.sm_clock import SmClock
 
 ROOFLINE_MARGIN = {"cuda": 1.25, "cpu": 2.0}
 """How much faster than the measured ceilings a timing may be before it is invalid: those of a CPU that others
@@ -87,7 +83,7 @@ def open_bench(device: torch.device, dtypes: Iterable[str], store: Store) -> Ben
     )
 
 
-def watch(device: torch.device) -> SmClock | None:
+def watch(device: torch.device) -> Clocked | None:
     """What watches the SM clock; None where Triton, which it is written in, is missing or cannot compile."""
     try:
         from tuner.sm_clock import SmClock

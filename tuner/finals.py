@@ -46,7 +46,7 @@ class Finals:
         runner_up: key of the second, None if there was one finalist only.
         over_runner_up: runner-up over winner.
         stopped_by: the rule that ended the rounds.
-        clocks: key → median SM clock in MHz while it was sampled, where the timer watches that.
+        clocks: key → median SM clock in MHz while it was sampled, None where the timer does not watch it.
     """
 
     winner: str
@@ -58,7 +58,7 @@ class Finals:
     runner_up: str | None
     over_runner_up: Interval | None
     stopped_by: str
-    clocks: dict[str, float] = field(default_factory=dict)
+    clocks: dict[str, float | None] = field(default_factory=dict)
 
 
 def run_finals(
@@ -84,7 +84,7 @@ def run_finals(
         warm_up_s=warm_up_s,
     )
     defaults = [candidate.key for candidate in finalists if candidate.is_default]
-    clocks = {key: mhz for key, work in works.items() if (mhz := sm_clock_of(timer, work)) is not None}
+    clocks = {key: sm_clock_of(timer, work, len(samples[key])) for key, work in works.items()}
     return replace(judge(samples, finalists[0].key, defaults, stopped_by), clocks=clocks)
 
 

@@ -161,7 +161,7 @@ def interleave(
 
     The order rotates from round to round and every other round runs backwards, so that no work of three or
     more always follows the same one. Two alternate: the clock is then what the other leaves, and code is as
-    cold as in a model (which costs 3 % of an MLP's 127 us on an H200). The rule `interval` asks that the
+    cold as in a model (which costs 2 to 3 % of an MLP's 127 us on an H200). The rule `interval` asks that the
     ratio of each work to the first be known to that width.
     `time` may end it below `min_rounds`, but below `FEWEST` rounds only after three times `max_seconds`: one
     problem on an overloaded machine must not eat the time of all others.
@@ -228,7 +228,7 @@ class CudaTimer:
     def __init__(self, device: torch.device, l2_bytes: int, sm_clock: Clocked | None = None) -> None:
         self._device = device
         self._sm_clock = sm_clock
-        self._mhz: weakref.WeakKeyDictionary[Work, list[float]] = weakref.WeakKeyDictionary()
+        self._mhz: weakref.WeakKeyDictionary[Work, list[float | None]] = weakref.WeakKeyDictionary()
         self._clear = torch.empty(max(3 * l2_bytes, 1 << 25), dtype=torch.int8, device=device)
         self._cycles_per_ms = self._calibrate()
         self._enqueue_ms: weakref.WeakKeyDictionary[Work, float] = weakref.WeakKeyDictionary()
@@ -250,16 +250,18 @@ class CudaTimer:
             enqueue_ms = (time.perf_counter() - before) * 1e3
             if self._sm_clock is not None:
                 self._sm_clock.end()
-                if (mhz := self._sm_clock.mhz()) is not None:
-                    self._mhz.setdefault(work, []).append(mhz)
+                self._mhz.setdefault(work, []).append(self._sm_clock.mhz())
             end.synchronize()
         # The first call compiles; from the second on, twice the last enqueue time is ample and wastes little.
         self._enqueue_ms[work] = min(max(2.0 * enqueue_ms, 0.05), 5.0)
         return float(start.elapsed_time(end))
 
-    def sm_clock_of(self, work: Work) -> float | None:
-        """Median SM clock in MHz while this was sampled; None where it is not watched or cannot be told."""
-        found = self._mhz.get(work)
+    def sm_clock_of(self, work: Work, samples: int) -> float | None:
+        """Median SM clock in MHz of this work's last samples; None where it is not watched or cannot be told.
+
+        The last only: what came before them, as warm-up or beside other work, had clocks of its own.
+        """
+        found = [mhz for mhz in self._mhz.get(work, [])[-samples:] if mhz is not None]
         return statistics.median(found) if found else None
 
     def honesty(self) -> float:
@@ -282,6 +284,6 @@ class CudaTimer:
         return float(start.elapsed_time(end))
 
 
-def sm_clock_of(timer: Timer, work: Work) -> float | None:
-    """Median SM clock in MHz while `work` was sampled; None where the timer watches none."""
-    return timer.sm_clock_of(work) if isinstance(timer, CudaTimer) else None
+def sm_clock_of(timer: Timer, work: Work, samples: int) -> float | None:
+    """Median SM clock in MHz of the last samples of `work`; None where the timer watches none."""
+    return timer.sm_clock_of(work, samples) if isinstance(timer, CudaTimer) else None

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
 
+from chipmunk_kernels.problem import Problem
+from suites.benchmarks.bars import tasks
 from suites.benchmarks.bars.report import Report, speedup_alone, speedup_in_cycles
 from suites.benchmarks.bars.tasks import ALONE, LONG_MS, time_alone
 from tests.benchmarks.cases import attention, timed
 from tuner.hardware import Ceilings
 from tuner.measure import CudaTimer
 from tuner.statistics import median_interval
+from tuner.workload import LabelledProblem
 
 
-class ScriptedTimer(CudaTimer):
-    """Samples of 20 ms at this clock, of a second work of 30 ms and 100 MHz more; or no clock at all."""
+class WarmingTimer(CudaTimer):
+    """Samples of 20 ms at 1500 MHz until the clock has settled, after ten of them: then of 30 ms at 1600."""
 
-    def __init__(self, mhz: float | None) -> None:
-        self.name, self._mhz, self.sampled = "scripted", mhz, []  # type: list[Any]
+    def __init__(self) -> None:
+        self.name, self.clocks = "scripted", []  # type: list[float]
 
     def sample(self, work: Any) -> float:
-        self.sampled.append(work)
-        return 20.0 if work is self.sampled[0] else 30.0
+        settled = len(self.clocks) >= 10
+        self.clocks.append(1600.0 if settled else 1500.0)
+        if not settled:
+            time.sleep(0.02)
+        return 30.0 if settled else 20.0
 
-    def sm_clock_of(self, work: Any) -> float | None:
-        return self._mhz and (self._mhz if work is self.sampled[0] else self._mhz + 100.0)
+    def sm_clock_of(self, work: Any, samples: int) -> float | None:
+        return median(self.clocks[-samples:])
+
+
+class ConstantTimer(CudaTimer):
+    """Every sample takes as long, at the same clock or without one."""
+
+    def __init__(self, ms: float, mhz: float | None) -> None:
+        self.name, self._ms, self._always = "scripted", ms, mhz
+
+    def sample(self, work: Any) -> float:
+        return self._ms
+
+    def sm_clock_of(self, work: Any, samples: int) -> float | None:
+        return self._always
 
 
 class Work:
@@ -35,21 +56,29 @@ class Work:
     def call(self) -> None: ...
 
 
-def test_a_long_kernel_is_timed_by_itself_and_a_short_one_is_not() -> None:
-    timer, warm_up, work = ScriptedTimer(1500.0), Work(), Work()
-    assert time_alone(warm_up, work, timer, LONG_MS / 2) == (None, None)
-    assert not timer.sampled
-    alone, mhz = time_alone(warm_up, work, timer, 4 * LONG_MS)
-    assert alone is not None
+@pytest.mark.parametrize(
+    ("ms", "clock_mhz", "wanted"),
+    [(4 * LONG_MS, 1500.0, True), (LONG_MS / 2, 1500.0, False), (4 * LONG_MS, None, False)],
+)
+def test_only_long_kernels_with_a_clock_are_timed_by_themselves(
+    ms: float, clock_mhz: float | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = LabelledProblem("means", Problem("group_mean", 300, 8, 8, dtype="float32", group_size=64))
+    monkeypatch.setattr(tasks, "_timer", lambda device: ConstantTimer(ms, clock_mhz))
+    tasks._subject.cache_clear()
+    try:
+        row = tasks.measure(tasks.Task(item, "torch", "cpu", max_seconds=0.05))
+    finally:
+        tasks._subject.cache_clear()
+    assert (row.status, row.clock_mhz, row.dense_clock_mhz) == ("ok", clock_mhz, clock_mhz)
+    assert (row.alone is not None, row.alone_clock_mhz is not None) == (wanted, wanted)
+
+
+def test_a_kernel_is_timed_by_itself_after_its_clock_has_settled() -> None:
+    timer = WarmingTimer()
+    alone, mhz = time_alone(Work(), timer)
     assert (alone.median, mhz) == (30.0, 1600.0)
-    assert timer.sampled.index(work) > 1  # after the clock has settled
-    assert alone.samples >= ALONE.min_samples
-
-
-def test_nothing_is_timed_by_itself_where_no_clock_is_watched() -> None:
-    timer = ScriptedTimer(None)
-    assert time_alone(Work(), Work(), timer, 4 * LONG_MS) == (None, None)
-    assert len(timer.sampled) == 1
+    assert len(timer.clocks) > 10 and alone.samples >= ALONE.min_samples
 
 
 def test_speedups_by_itself_and_at_one_clock() -> None:

@@ -203,13 +203,14 @@ def test_the_clock_is_stamped_outside_of_the_timed_window_and_its_median_kept_by
     timer = CudaTimer(torch.device("cuda"), 50 << 20, clock)
     cuda.log.clear()
     work, other = ScriptedWork(lambda n: cuda.launch(1.0)), ScriptedWork(lambda n: cuda.launch(1.0))
-    assert sm_clock_of(timer, work) is None
+    assert sm_clock_of(timer, work, 3) is None
     for _ in range(3):
         timer.sample(work)
     timer.sample(other)
     assert cuda.log[:8] == ["spin", "clear", "begin", "record", "launch", "record", "end", "synchronize"]
-    assert sm_clock_of(timer, work) == 1600.0  # what could not be told does not count
-    assert sm_clock_of(timer, other) == 1200.0
+    assert sm_clock_of(timer, work, 3) == 1600.0  # what could not be told does not count
+    assert sm_clock_of(timer, work, 2) == 1700.0  # nor does what was sampled before
+    assert sm_clock_of(timer, other, 1) == 1200.0
 
 
 def test_a_machine_whose_triton_cannot_compile_is_tuned_without_clocks(
@@ -241,7 +242,7 @@ def test_the_cuda_timer_is_honest_on_a_real_device() -> None:
     # A spin of known cycles, timed by events and by stamps around it.
     spin = ScriptedWork(lambda n: float(torch.cuda._sleep(10_000_000) is None))
     ms = [timer.sample(spin) for _ in range(5)]
-    clock = sm_clock_of(timer, spin)
+    clock = sm_clock_of(timer, spin, len(ms))
     assert clock == pytest.approx(1e4 / sorted(ms)[2], rel=0.03)
 
 

@@ -168,8 +168,12 @@ def measure(task: Task) -> Row:
         works[COPY] = subject.copy
     samples, _ = interleave(works, subject.timer, max_seconds=task.max_seconds, warm_up_s=WARM_UP_S)
     time = median_interval(samples[task.backend])
-    warm_up, again = (KernelWork(subject.case, kernel, settings) for _ in range(2))
-    alone, alone_clock_mhz = time_alone(warm_up, again, subject.timer, time.median)
+    clock_mhz, dense_clock_mhz = (
+        sm_clock_of(subject.timer, works[name], len(samples[name])) for name in (task.backend, DENSE)
+    )
+    alone, alone_clock_mhz = None, None
+    if clock_mhz is not None and time.median >= LONG_MS:
+        alone, alone_clock_mhz = time_alone(works[task.backend], subject.timer)
     launch = launch_us(subject.case, kernel, settings)
     return Row(
         task.item,
@@ -187,30 +191,22 @@ def measure(task: Task) -> Row:
         extra_mib=extra_mib(subject.case, kernel, settings),
         launch_us=launch.us if launch else None,
         torch_launch_us=launch.torch_us if launch else None,
-        clock_mhz=sm_clock_of(subject.timer, works[task.backend]),
-        dense_clock_mhz=sm_clock_of(subject.timer, works[DENSE]),
+        clock_mhz=clock_mhz,
+        dense_clock_mhz=dense_clock_mhz,
         alone=alone,
         alone_clock_mhz=alone_clock_mhz,
     )
 
 
-def time_alone(
-    warm_up: Work, work: Work, timer: Timer, expected_ms: float
-) -> tuple[Interval | None, float | None]:
-    """Time and SM clock of calls that follow only each other, where that can make a difference.
+def time_alone(work: Work, timer: Timer) -> tuple[Interval, float | None]:
+    """Time and SM clock of calls that follow only each other.
 
     A kernel that takes less power than the baseline runs at a higher clock by itself, as it does in a model
     that calls it far more often than dense attention; between calls of the baseline it runs at that one's.
-    `warm_up` is the same work, whose clocks do not count.
     """
-    if expected_ms < LONG_MS:
-        return None, None
-    timer.sample(warm_up)
-    if sm_clock_of(timer, warm_up) is None:
-        return None, None
-    measure_one(warm_up, timer, SETTLING)
+    measure_one(work, timer, SETTLING)
     found = measure_one(work, timer, ALONE)
-    return found.interval, sm_clock_of(timer, work)
+    return found.interval, sm_clock_of(timer, work, len(found.samples_ms))
 
 
 @dataclass(frozen=True, eq=False)
