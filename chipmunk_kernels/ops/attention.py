@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chipmunk_kernels import checks, dispatch, layout
 from chipmunk_kernels.columns import ColumnSet, group_count
+from chipmunk_kernels.ops.operator import operator
 from chipmunk_kernels.settings import LaunchSettings
 
 
@@ -126,7 +127,7 @@ def sparse_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.custom_op("chipmunk::dense_attention", mutates_args=())
+@operator("dense_attention")
 def _dense_attention(
     q: Tensor,
     k: Tensor,
@@ -157,7 +158,7 @@ def _(
     return layout.empty_like_queries(q), _empty_lse(q)
 
 
-@torch.library.custom_op("chipmunk::colsum_attention", mutates_args=())
+@operator("colsum_attention")
 def _colsum_attention(
     q: Tensor,
     k: Tensor,
@@ -195,7 +196,7 @@ def _(
     return layout.empty_like_queries(q), _empty_lse(q), mass
 
 
-@torch.library.custom_op("chipmunk::sparse_attention", mutates_args=())
+@operator("sparse_attention")
 def _sparse_attention(
     q: Tensor,
     k: Tensor,

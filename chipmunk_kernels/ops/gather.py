@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from chipmunk_kernels import checks, dispatch
 from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.ops.operator import operator
 from chipmunk_kernels.settings import LaunchSettings
 
 
@@ -79,7 +79,7 @@ def scatter_columns(
     return out
 
 
-@torch.library.custom_op("chipmunk::gather_columns", mutates_args=())
+@operator("gather_columns")
 def _gather_columns(
     x: Tensor,
     indices: Tensor,
@@ -112,7 +112,7 @@ def _(
     return x.new_empty(*indices.shape, group_size if per_group else x.shape[3])
 
 
-@torch.library.custom_op("chipmunk::scatter_columns", mutates_args=("out",))
+@operator("scatter_columns", mutates=("out",))
 def _scatter_columns(
     packed: Tensor,
     indices: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from chipmunk_kernels import checks, dispatch
 from chipmunk_kernels.columns import ColumnSet, group_count
+from chipmunk_kernels.ops.operator import operator
 from chipmunk_kernels.settings import LaunchSettings
 
 ACTIVATIONS = ("gelu_tanh",)
@@ -136,7 +137,7 @@ def bias_gelu(
     return mid
 
 
-@torch.library.custom_op("chipmunk::sparse_mlp", mutates_args=("activation_cache", "output_cache"))
+@operator("sparse_mlp", mutates=("activation_cache", "output_cache"))
 def _sparse_mlp(
     x: Tensor,
     w1: Tensor,
@@ -188,7 +189,7 @@ def _(
     return None
 
 
-@torch.library.custom_op("chipmunk::group_mean", mutates_args=())
+@operator("group_mean")
 def _group_mean(x: Tensor, group_size: int, backend: str, settings: str) -> Tensor:
     batch, tokens, width = x.shape
     kernel, launch = dispatch.resolve(
@@ -211,7 +212,7 @@ def _(x: Tensor, group_size: int, backend: str, settings: str) -> Tensor:
     return x.new_empty(x.shape[0], group_count(x.shape[1], group_size), x.shape[2])
 
 
-@torch.library.custom_op("chipmunk::bias_gelu", mutates_args=("mid",))
+@operator("bias_gelu", mutates=("mid",))
 def _bias_gelu(mid: Tensor, bias: Tensor | None, backend: str, settings: str) -> None:
     batch, neurons, tokens = mid.shape
     kernel, launch = dispatch.resolve(

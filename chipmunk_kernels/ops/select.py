@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chipmunk_kernels import checks, dispatch
 from chipmunk_kernels.columns import ColumnSet
+from chipmunk_kernels.ops.operator import operator
 from chipmunk_kernels.settings import LaunchSettings
 
 Ranges = Sequence[tuple[int, int]]
@@ -158,7 +159,7 @@ def columns_from_mask(
     return ColumnSet(indices, counts, group_size)
 
 
-@torch.library.custom_op("chipmunk::topk_columns", mutates_args=())
+@operator("topk_columns")
 def _topk_columns(
     scores: Tensor,
     k: int,
@@ -195,7 +196,7 @@ def _(
     return _empty_columns(scores, capacity)
 
 
-@torch.library.custom_op("chipmunk::coverage_columns", mutates_args=())
+@operator("coverage_columns")
 def _coverage_columns(
     scores: Tensor,
     coverage: float,
@@ -234,7 +235,7 @@ def _(
     return _empty_columns(scores, capacity)
 
 
-@torch.library.custom_op("chipmunk::columns_from_mask", mutates_args=())
+@operator("columns_from_mask")
 def _columns_from_mask(
     mask: Tensor, group_size: int, capacity: int, backend: str, settings: str
 ) -> tuple[Tensor, Tensor]:

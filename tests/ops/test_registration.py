@@ -48,6 +48,25 @@ def test_pytorch_accepts_the_registration(name: str, device: torch.device) -> No
     torch.library.opcheck(operator, arguments(device)[name])
 
 
+def test_a_backward_pass_says_that_there_is_none(device: torch.device) -> None:
+    q, k, v = attention_inputs(1, 2, 100, 100, dtype=torch.float16, device=device)
+    out, _ = ck.dense_attention(q.requires_grad_(), k, v)
+    with pytest.warns(UserWarning, match="chipmunk::dense_attention"):
+        out.sum().backward()
+    assert q.grad is None
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_written_in_place_counts_as_changed(inference: bool, device: torch.device) -> None:
+    with torch.inference_mode(inference):
+        m = mlp_inputs(1, 100, 64, 130, dtype=torch.float16, device=device)
+        caches = m.activation_cache, m.output_cache
+        before = [0 if inference else each._version for each in caches]
+        ck.sparse_mlp(m.x, m.w1, m.b1, m.w2_by_neuron, m.columns, *caches)
+        if not inference:  # such tensors have no versions
+            assert [each._version for each in caches] == [version + 1 for version in before]
+
+
 def sparse_step(q: Tensor, k: Tensor, v: Tensor, base: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
     """A full step and the selection that follows it, as the delta engine strings them together."""
     dense, lse = ck.dense_attention(q, k, v)
