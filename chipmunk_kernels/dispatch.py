@@ -24,7 +24,11 @@ from chipmunk_kernels.settings import LaunchSettings
 if TYPE_CHECKING:
     from chipmunk_kernels.profiles import Entry, Profile
 
-DEFAULT_ORDER = {"cpu": ("torch",), "cuda": ("triton", "torch"), "hopper": ("cupy_hopper", "triton", "torch")}
+DEFAULT_ORDER = {
+    "cpu": ("torch",),
+    "cuda": ("triton", "torch"),
+    "hopper": ("cupy_hopper", "triton_hopper", "triton", "torch"),
+}
 """Backends by kind of device, best first: a CUDA device of compute capability 9.0 is a "hopper".
 
 On other GPUs the CUDA kernels are for profiles to name: the tuner verifies them on the very GPU before it

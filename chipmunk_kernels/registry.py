@@ -20,7 +20,7 @@ import torch
 
 from chipmunk_kernels.settings import LaunchSettings
 
-BACKENDS = ("torch", "triton", "cupy", "cupy_hopper")
+BACKENDS = ("torch", "triton", "triton_hopper", "cupy", "cupy_hopper")
 
 
 class BuildError(RuntimeError):

@@ -34,7 +34,7 @@ THEIRS_ALLOWED = {
 """Third-party packages by room. `suites` and `tests`, at the end of the chain, may use what is installed."""
 
 HOMES = {
-    "triton": ("chipmunk_kernels/backends/triton/",),
+    "triton": ("chipmunk_kernels/backends/triton/", "chipmunk_kernels/backends/triton_hopper/"),
     "cupy": ("chipmunk_kernels/backends/cupy/", "chipmunk_kernels/backends/cupy_hopper/"),
     "diffusers": ("chipmunk_kernels/integrations/",),
 }

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         default=[],
-        help="torch, triton, cupy or cupy_hopper, repeatable, or all; default: what dispatch would run",
+        help="torch, triton, triton_hopper, cupy, cupy_hopper (repeatable) or all; default: as dispatch",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,15 @@ from chipmunk_kernels.problem import Problem
 from suites.benchmarks.bars import run as run_module
 from suites.benchmarks.bars import tasks
 from suites.benchmarks.bars.__main__ import main
-from suites.benchmarks.bars.costs import LEAST_BATCHES, WARM_UP, extra_mib, fastest_us, launch_us, smallest
+from suites.benchmarks.bars.costs import (
+    LEAST_BATCHES,
+    WARM_UP,
+    extra_mib,
+    fastest_us,
+    launch_us,
+    quickest_core,
+    smallest,
+)
 from suites.benchmarks.bars.run import Plan, hopeless, run
 from suites.benchmarks.bars.tasks import DENSE, Row, Task
 from tests.benchmarks.cases import RIGHT, attention, timed
@@ -84,12 +93,13 @@ def test_what_fails_in_preparation_is_a_row_and_is_not_measured(world: World) ->
     rows = {row.backend: row for row in run(Plan([item], registry.BACKENDS, CPU, 100.0))}
     assert {backend: row.status for backend, row in rows.items()} == {
         "cupy_hopper": "timeout",
+        "triton_hopper": "ok",
         "triton": "wrong",
         "cupy": "crashed",
         "torch": "ok",
     }
     assert "small case, out" in rows["triton"].reason and rows["cupy"].reason == "SIGSEGV"
-    assert world.measured == [("a", "cupy"), ("a", "torch")]
+    assert world.measured == [("a", "triton_hopper"), ("a", "cupy"), ("a", "torch")]
 
 
 def test_a_kernel_is_prepared_once_for_problems_that_compile_alike(world: World) -> None:
@@ -244,6 +254,27 @@ def test_a_launch_costs_what_it_does_on_an_undisturbed_host() -> None:
     assert each < 100 and gc.isenabled()
     batches = [collecting[start : start + each] for start in range(0, len(collecting), each)]
     assert all(batch[0] and not any(batch[WARM_UP:]) for batch in batches), "garbage waits for a batch's end"
+
+
+def test_a_launch_is_timed_on_the_quickest_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core 5 is quickest. All cores are allowed again afterwards, also where what was timed fails."""
+    now, cores = [0.0], [{3, 5, 9}]
+
+    def call() -> None:
+        (core,) = cores[-1]
+        now[0] += {3: 8e-6, 5: 5e-6, 9: 6e-6}[core]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores[0], raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: cores.append(chosen), raising=False)
+    with quickest_core(call, lambda: None, lambda: now[0]):
+        assert cores[-1] == {5}
+    assert cores[-1] == {3, 5, 9}
+    with pytest.raises(RuntimeError, match="no launch"), quickest_core(call, lambda: None, lambda: now[0]):
+        raise RuntimeError("no launch")
+    assert cores[-1] == {3, 5, 9}
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with quickest_core(call, lambda: None):
+        pass
 
 
 def test_a_slow_call_is_timed_in_fewer_batches() -> None:

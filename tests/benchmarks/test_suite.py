@@ -202,7 +202,7 @@ def test_contenders_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert backends(["triton", "cupy_hopper", "triton"], device) == ["triton", "cupy_hopper"]
     assert backends(["all"], device) == ["torch"]
     monkeypatch.setattr(bench_module, "unavailable_reason", lambda name, device: None)
-    assert backends(["all"], device) == ["torch", "triton", "cupy", "cupy_hopper"]
+    assert backends(["all"], device) == ["torch", "triton", "triton_hopper", "cupy", "cupy_hopper"]
     with pytest.raises(ValueError, match="got 'cuda'"):
         backends(["cuda"], device)
 

@@ -46,7 +46,8 @@ def test_candidates_start_with_torch() -> None:
 
 def test_what_is_unknown_is_named() -> None:
     with pytest.raises(
-        ValueError, match="backend: expected one of torch, triton, cupy, cupy_hopper; got 'cuda'"
+        ValueError,
+        match="backend: expected one of torch, triton, triton_hopper, cupy, cupy_hopper; got 'cuda'",
     ):
         registry.unavailable("cuda", "cpu")
     with pytest.raises(ValueError, match="softmax: the torch backend has no such kernel; it has"):

@@ -78,6 +78,11 @@ def test_attention_fits_the_smallest_gpus(rows: list[Row]) -> None:
         assert all(int(str(row["shared_bytes"])) <= 99 * 1024 for row in of(rows, kernel, "sm_80"))
 
 
+def test_what_is_written_for_hopper_is_compiled_for_hopper(rows: list[Row]) -> None:
+    targets = {row["target"] for row in rows if str(row["kernel"]).endswith("Hopper")}
+    assert targets == {"sm_90"}
+
+
 def test_wrong_arguments_say_what_is_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,7 +116,7 @@ CASES: list[tuple[str, Callable[[], Any]]] = [
     (r"bias: expected shape \(130,\), got \(100,\)", lambda: ck.bias_gelu(m.activation_cache, m.b1[:100])),
     (r"bias: expected torch.float32", lambda: ck.bias_gelu(m.activation_cache, m.b1.half())),
     (
-        r"backend: expected one of torch, triton, cupy, cupy_hopper; got 'tortch'",
+        r"backend: expected one of torch, triton, triton_hopper, cupy, cupy_hopper; got 'tortch'",
         lambda: ck.group_mean(m.x, 64, backend="tortch"),
     ),
     (r"settings: .*takes SparseSettings", lambda: ck.dense_attention(q, k, v, settings=SparseSettings())),

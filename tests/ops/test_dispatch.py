@@ -164,7 +164,9 @@ def test_an_explicit_backend_that_cannot_serve_is_refused_with_the_reason(other:
 
 
 def test_an_unknown_backend_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="expected one of torch, triton, cupy, cupy_hopper; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="expected one of torch, triton, triton_hopper, cupy, cupy_hopper; got 'cuda'"
+    ):
         dispatch.select(PROBLEM, CPU, backend="cuda")
 
 
@@ -276,6 +278,10 @@ def test_hopper_without_cupy_says_so_once_and_runs_triton(monkeypatch: pytest.Mo
         RuntimeWarning, match="using the triton backend on cuda: cupy_hopper cannot: cupy is not"
     ):
         assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "triton"
+    reasons["triton_hopper"] = None
+    dispatch._select.cache_clear()
+    with pytest.warns(RuntimeWarning, match="using the triton_hopper backend on cuda: cupy_hopper cannot"):
+        assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "triton_hopper"
     reasons["cupy_hopper"] = None
     dispatch._select.cache_clear()
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@
 Every kernel file lists `COMPILE_CASES`: tuples of (name, jit function, signature, constexprs, num_warps,
 num_stages), with the default settings at a real model's shapes. A signature maps arguments to types; pointers
 count as aligned to 16 bytes and numbers typed `i32:16` as divisible by 16, as Triton finds them at a launch.
+Kernels in Gluon (`backends/triton_hopper`) are compiled for sm_90 only.
 Registers, stack and shared memory are read from the compiled binary with the `cuobjdump` that Triton ships.
 Compiled kernels are cached where TRITON_CACHE_DIR says.
 """
@@ -26,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chipmunk_kernels.backends.triton import FILES, interpreted
+from chipmunk_kernels.backends import triton as portable
+from chipmunk_kernels.backends import triton_hopper
+from chipmunk_kernels.backends.triton import interpreted
 
 SHARED_MEMORY_BYTES = {
     80: 163 * 1024,
@@ -83,9 +86,15 @@ def cuobjdump() -> str:
 
 def cases() -> Iterator[tuple[Any, ...]]:
     """The compile cases of every kernel file."""
-    for file in FILES:
-        declared = importlib.import_module(f"{__package__}.{file}").COMPILE_CASES
-        yield from declared() if callable(declared) else declared
+    for package in (portable, triton_hopper):
+        for file in package.FILES:
+            declared = importlib.import_module(f"{package.__name__}.{file}").COMPILE_CASES
+            yield from declared() if callable(declared) else declared
+
+
+def suits(case: tuple[Any, ...], target: str) -> bool:
+    """Whether a case is to be compiled for a target: one in Gluon is written in Hopper's instructions."""
+    return target == "sm_90" or not _in_gluon(case[1])
 
 
 def measure(case: tuple[Any, ...], target: str) -> Resources:
@@ -120,7 +129,6 @@ def _compile(
 ) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     types = {
         name: "constexpr" if name in constexprs else signature[name].removesuffix(":16")
@@ -131,9 +139,17 @@ def _compile(
         for position, name in enumerate(kernel.arg_names)
         if types[name].startswith("*") or signature.get(name, "").endswith(":16")
     }
-    source = ASTSource(kernel, types, dict(constexprs), aligned)
+    if _in_gluon(kernel):
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+    source = Source(kernel, types, dict(constexprs), aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _in_gluon(kernel: Any) -> bool:
+    return hasattr(kernel, "is_gluon") and kernel.is_gluon()
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -176,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [case for case in cases() if case[0].startswith(wanted)]
     if not chosen:
         parser.error(f"--kernels: none starts so; there are {' '.join(case[0] for case in cases())}")
-    rows = [measure(case, target) for case in chosen for target in options.targets]
+    rows = [measure(case, target) for case in chosen for target in options.targets if suits(case, target)]
     print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) if options.json else table(rows))
     return 1 if any(row.error for row in rows) else 0
 

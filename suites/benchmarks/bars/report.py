@@ -33,7 +33,10 @@ HEADERS = (
 )
 UNTRIED = ("missing", "left out")
 BAR_HEADERS = ("bar", "asked", "reached", "by", "on", "met")
-LIMITED = {"extra_mib": ("triton", "cupy", "cupy_hopper"), "launch_us": ("cupy", "cupy_hopper")}
+LIMITED = {
+    "extra_mib": ("triton", "triton_hopper", "cupy", "cupy_hopper"),
+    "launch_us": ("cupy", "cupy_hopper"),
+}
 """Which backends each limit binds: memory all but torch, which trades it for products; launch cost those that
 launch through CuPy."""
 

@@ -19,7 +19,7 @@ from tuner.store import Outcome
 from tuner.verify import Check, shrunken
 from tuner.workload import LabelledProblem
 
-ORDER = ("cupy_hopper", "triton", "cupy", "torch")
+ORDER = ("cupy_hopper", "triton_hopper", "triton", "cupy", "torch")
 """Those with bars of their own first."""
 HOPELESS_FLOPS, HOPELESS_BYTES = 1e12, 2e9
 """Beyond either, the torch backend on a GPU, which gathers into memory, would take longer than all others."""

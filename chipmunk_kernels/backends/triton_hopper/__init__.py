@@ -1,0 +1,57 @@
+"""Triton backend for Hopper: kernels in Gluon, the dialect in which layouts and barriers are the author's.
+
+What Triton decides by itself everywhere else (which warps fetch and which compute, what waits for what, where
+a tile lies) is written out here, with the instructions of sm_90a: wgmma, mbarrier, setmaxnreg. Other GPUs
+have the portable `triton` backend. Neither CuPy nor a CUDA toolkit is needed.
+
+Gluon has no interpreter: these kernels are checked on a GPU, and compiled where there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+
+import torch
+
+from chipmunk_kernels.backends import triton as portable
+from chipmunk_kernels.registry import Kernel
+
+CAPABILITY = (9, 0)
+OLDEST_TRITON = (3, 6)
+"""Of the versions that were read and run: 3.6 and 3.7. Older ones take other arguments."""
+FILES = ("sparse_attention",)
+"""The files with kernels: each exports `KERNELS`, and `COMPILE_CASES` for the compile-only report."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these kernels cannot serve `device`, and the remedy; None if they can."""
+    if portable.interpreted():
+        return "triton_hopper kernels have no interpreter; use backend='triton', or unset TRITON_INTERPRET"
+    reason = portable.unavailable(device)
+    if reason is not None:
+        return reason
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton_hopper kernels need triton {oldest} or newer, this is {version}; use backend='triton'"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        return (
+            f"triton_hopper kernels need compute capability 9.0 (Hopper), "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use backend='triton'"
+        )
+    try:
+        kernels()
+    except ImportError as error:  # Gluon is an experimental part of Triton
+        return f"triton {version} has another Gluon than these kernels know ({error}); use backend='triton'"
+    return None
+
+
+@functools.cache
+def kernels() -> Mapping[str, Kernel]:
+    """Operation → kernel. Imports triton."""
+    modules = [importlib.import_module(f"{__name__}.{file}") for file in FILES]
+    return {kernel.operation: kernel for module in modules for kernel in module.KERNELS}
