@@ -12,8 +12,10 @@ of the process 10 to 100 times, then sees few others than ours. Each tensor is a
 
 racecheck takes raw bulk copies (`cp.async.bulk` without a tensor map) for writes of the thread that issued
 them and knows no barrier that they arrive at: hazards between such a copy and its readers are false alarms
-(flash-attention 2.8.3, AI/RACECHECK_TMA_HAZARD.md). What it says of column sums in `cupy_hopper` is one too:
-results/notes/2026-11-29-after-the-products.md.
+(flash-attention 2.8.3, AI/RACECHECK_TMA_HAZARD.md). Nor does it follow a `__syncwarp` before the arrival of
+one lane for its warp, so column sums are built for it with every lane arriving (`CHIPMUNK_RACECHECK=1`). What
+it says of `triton_hopper` is about bytes by which Triton hands warps their partition, before and after the
+kernel's own code: results/notes/2026-11-29-gluon.md.
 
 Exit codes: 0, all right; 1, a wrong result or a finding; 2, what was asked for cannot be done.
 """
@@ -204,14 +206,15 @@ def watch(
     asked = [part for text in only for part in ("--only", text)]
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *TOOLS[tool]]
     command += [sys.executable, "-m", "suites.benchmarks.sanitize", "--backend", backend, *asked]
-    output, code = _output(command, limit_s)
+    output, code = _output(command, limit_s, {"CHIPMUNK_RACECHECK": str(int(tool == "racecheck"))})
     return judge(tool, backend, output, code), output
 
 
-def _output(command: list[str], limit_s: float) -> tuple[str, int | None]:
-    """Both streams and the exit code, None where time was up."""
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    child = subprocess.Popen(command, **streams, text=True, errors="replace", start_new_session=True)
+def _output(command: list[str], limit_s: float, environment: dict[str, str]) -> tuple[str, int | None]:
+    """Both streams and the exit code, None where time was up, of a command with more in its environment."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options["env"] = {**os.environ, **environment}
+    child = subprocess.Popen(command, **options, text=True, errors="replace", start_new_session=True)
     try:
         output, _ = child.communicate(timeout=limit_s)
     except BaseException as stop:

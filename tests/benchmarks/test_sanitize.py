@@ -87,7 +87,7 @@ def test_only_an_end_with_right_results_and_no_findings_is_clean(
 def pretended(folder: Path, body: str) -> str:
     """A program that gets a sanitizer's arguments and runs `body`."""
     path = folder / "compute-sanitizer"
-    path.write_text(f"#!{sys.executable}\nimport sys, time\narguments = sys.argv[1:]\n{body}\n")
+    path.write_text(f"#!{sys.executable}\nimport os, sys, time\narguments = sys.argv[1:]\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     return str(path)
 
@@ -104,6 +104,7 @@ tool, backend = arguments[1], arguments[arguments.index("--backend") + 1]
 assert arguments[2:4] == ["--error-exitcode", "9"] and arguments[-2:] == ["--only", "w64"]
 assert arguments[arguments.index("-m") - 1] == {sys.executable!r}
 bad = (tool, backend) == ("racecheck", "cupy_hopper")
+assert os.environ["CHIPMUNK_RACECHECK"] == str(int(tool == "racecheck"))
 print("ok first")
 print("========= hazard between two writes" if bad else "fine")
 print("========= %s SUMMARY: %d" % ("RACECHECK" if tool == "racecheck" else "ERROR", 2 * bad))

@@ -250,6 +250,19 @@ def test_same_bits_in_any_order(
     )
 
 
+def test_every_lane_may_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As racecheck has it: the same bits as of one lane for its warp."""
+    q, k, v = attention_inputs(1, 1, 192, 300, 128, dtype=torch.bfloat16)
+    lse = truth.dense_attention(q, k, v)[1]
+    by_one = hopper.colsum_attention(q, k, v, lse, 192, None, 0.1, FAST)
+    monkeypatch.setenv("CHIPMUNK_RACECHECK", "1")
+    hopper._plan.cache_clear()
+    hopper._kernel.cache_clear()
+    assert dict(hopper.source(torch.bfloat16, 128, FAST.shape(192)).defines)["EVERY_LANE"] == 1
+    by_all = hopper.colsum_attention(q, k, v, lse, 192, None, 0.1, FAST)
+    assert all(torch.equal(a, b) for a, b in zip(by_one, by_all, strict=True))
+
+
 def test_settings_say_what_does_not_fit() -> None:
     problem = Problem("colsum_attention", rows=4480, columns=4480, width=128, heads=24, group_size=192)
     assert FAST.misfit(problem) is None

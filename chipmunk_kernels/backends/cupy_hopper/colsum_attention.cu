@@ -3,7 +3,8 @@
 // Compile-time parameters (macros): BF16; WIDTH, the head dimension, 64 or 128; MASS, whether columns are summed;
 // BLOCK_N columns taken in at a time, 64, 96 or 128; CONSUMERS, warpgroups of 64 query rows each; SPAN of them
 // that work on one group; STAGES of key and value tiles in flight; OVERLAP, whether a warpgroup starts the next
-// tile's logits before it waits for this tile's output.
+// tile's logits before it waits for this tile's output; EVERY_LANE, whether all lanes arrive with a warp's sums,
+// for racecheck, which does not see what orders them before one lane's arrival.
 //
 // A block is CONSUMERS warpgroups that multiply and one that helps: a warp of it has the tensor-map engine bring
 // queries, keys and values into shared memory, two others add up the column sums of all consumer warps and write
@@ -412,7 +413,12 @@ __device__ __forceinline__ void hand_over_sums(
         store_shared_floats(target + lane * 8, sums[0], sums[1]);
     else
         store_shared_float(target + (lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2) * 4, sums[0]);
-    if (part == PARTS - 1) arrive_once(shared.sums_full(place));
+    if (part == PARTS - 1) {
+        if (EVERY_LANE)
+            barrier_arrive(shared.sums_full(place));
+        else
+            arrive_once(shared.sums_full(place));
+    }
 }
 
 // Zeros in the value rows past the last key, which may be NaN: they weigh 0. Every warpgroup clears the tile before
@@ -758,7 +764,7 @@ __device__ __forceinline__ void init_barriers(const Shared& shared) {
         barrier_init(shared.values_empty(stage), CONSUMER_WARPS);
     }
     for (int slot = 0; slot < PARTIAL_SLOTS; ++slot) {
-        barrier_init(shared.sums_full(slot), CONSUMER_WARPS);
+        barrier_init(shared.sums_full(slot), CONSUMER_WARPS * (EVERY_LANE ? WARP : 1));
         barrier_init(shared.sums_empty(slot), REDUCERS);
     }
     store_shared_float(shared.failed(), 0.0f);
