@@ -121,8 +121,8 @@ def every_lane_arrives() -> bool:
     """Whether each lane, not one for its warp, arrives at the barrier that hands column sums over.
 
     compute-sanitizer's racecheck follows no `__syncwarp` (nor a named barrier) before one lane's arrival, and
-    takes what the other lanes wrote for unordered. `CHIPMUNK_RACECHECK=1` has all of them arrive, which differs
-    in nothing else and takes 11 % longer (N 118656, H200). Read as a kernel is built.
+    takes what others wrote for unordered. `CHIPMUNK_RACECHECK=1` has all of them arrive, which differs in
+    nothing else and takes 11 % longer (N 118656, H200). Read as a kernel is built.
     """
     return os.environ.get("CHIPMUNK_RACECHECK", "") not in ("", "0")
 
