@@ -246,7 +246,7 @@ def _offers(backend: str, operation: str) -> bool:
     try:
         return operation in registry.kernels(backend)
     except ImportError:  # not to be listed without its package; `unavailable` names that
-        return True
+        return operation in (registry.offered(backend) or (operation,))
 
 
 def _tuned(kernel: Kernel, problem: Problem, entry: Entry | None) -> LaunchSettings:

@@ -6,6 +6,7 @@ A backend is a package under `chipmunk_kernels/backends/` with two functions:
     kernels() -> Mapping[str, Kernel]        operation → kernel
 
 so that `import chipmunk_kernels` needs neither triton nor cupy, and a machine without them still dispatches.
+One that cannot be imported everywhere and serves few operations names them in `OPERATIONS`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ def unavailable(backend: str, device: torch.device | str) -> str | None:
 def kernels(backend: str) -> Mapping[str, Kernel]:
     """Operation → kernel for an available backend."""
     return _package(backend).kernels()
+
+
+def offered(backend: str) -> tuple[str, ...] | None:
+    """Operations of a backend that need not be imported to name them; None if it does not say."""
+    return getattr(_package(backend), "OPERATIONS", None)
 
 
 def kernel(operation: str, backend: str) -> Kernel:

@@ -13,9 +13,9 @@ of the process 10 to 100 times, then sees few others than ours. Each tensor is a
 racecheck takes raw bulk copies (`cp.async.bulk` without a tensor map) for writes of the thread that issued
 them and knows no barrier that they arrive at: hazards between such a copy and its readers are false alarms
 (flash-attention 2.8.3, AI/RACECHECK_TMA_HAZARD.md). Nor does it follow a `__syncwarp` before the arrival of
-one lane for its warp, so column sums are built for it with every lane arriving (`CHIPMUNK_RACECHECK=1`). What
-it says of `triton_hopper` is about bytes by which Triton hands warps their partition, before and after the
-kernel's own code: results/notes/2026-11-29-gluon.md.
+one lane for its warp, so column sums are built for it with every lane arriving (`CHIPMUNK_RACECHECK=1`, which
+`--under` sets). What it says of `triton_hopper` is about bytes by which Triton hands warps their partition,
+before and after the kernel's own code: results/notes/2026-11-29-gluon.md.
 
 Exit codes: 0, all right; 1, a wrong result or a finding; 2, what was asked for cannot be done.
 """

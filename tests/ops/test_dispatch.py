@@ -289,6 +289,19 @@ def test_hopper_without_cupy_says_so_once_and_runs_triton(monkeypatch: pytest.Mo
         assert dispatch.select(PROBLEM, "cuda", profile=Profile.empty())[0].backend == "cupy_hopper"
         mean = Problem("group_mean", rows=8, columns=8, width=8)
         assert dispatch.select(mean, "cuda", profile=Profile.empty())[0].backend == "triton"
+
+    def older_gluon(backend: str) -> Mapping[str, Kernel]:
+        if backend == "triton_hopper":
+            raise ImportError("cannot import name 'warpgroup_mma'")
+        return kernels(backend)
+
+    kernels = registry.kernels
+    dispatch._select.cache_clear()
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(registry, "kernels", older_gluon)
+        patch.setitem(reasons, "triton_hopper", "needs triton 3.6")
+        warnings.simplefilter("error")  # nothing is lost of what that backend never had
+        assert dispatch.select(mean, "cuda", profile=Profile.empty())[0].backend == "triton"
     reasons["cupy"] = None
     selection = Problem("topk_columns", rows=8, columns=8, width=1)
     assert dispatch.select(selection, "cuda", profile=Profile.empty())[0].backend == "cupy"

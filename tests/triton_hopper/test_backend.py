@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import pytest
 import torch
+import triton
 from triton.compiler.errors import CompilationError
 
 from chipmunk_kernels.backends import triton as portable
 from chipmunk_kernels.backends import triton_hopper as backend
-from chipmunk_kernels.backends.triton_hopper import sparse_attention as file
 from chipmunk_kernels.registry import BuildError
 from tests.factories import attention_inputs, scattered_columns
+
+if reason := backend.without_gluon():
+    pytest.skip(reason, allow_module_level=True)
+from chipmunk_kernels.backends.triton_hopper import sparse_attention as file
 
 CUDA = torch.device("cuda")
 
@@ -25,7 +28,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(triton, "__version__", "3.6.0+git1")
 
 
 @pytest.mark.usefixtures("hopper")
@@ -40,7 +43,7 @@ def test_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(backend, "kernels", no_gluon)
         assert "another Gluon than these kernels know (cannot import" in (backend.unavailable(CUDA) or "")
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.metadata, "version", lambda name: "3.4.1")
+        patch.setattr(triton, "__version__", "3.4.1")
         assert "need triton 3.6 or newer, this is 3.4.1" in (backend.unavailable(CUDA) or "")
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "B200")
@@ -112,9 +115,12 @@ def test_others_are_copied_first(launched: list[Launch]) -> None:
     assert floats == pytest.approx((0.125 * 1.4426950408889634, -1.0))
 
 
-def test_a_triton_that_cannot_compile_it_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [CompilationError("", None, "no such layout"), RuntimeError("no such layout, pass failed")]
+)
+def test_a_triton_that_cannot_compile_it_hands_on(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
-        raise CompilationError("", None, "no such layout")  # type: ignore[no-untyped-call]
+        raise error
 
     monkeypatch.setattr(file, "_launch", fail)
     q, k, v = attention_inputs(1, 1, 256, 256, 64, dtype=torch.float16)
@@ -122,3 +128,22 @@ def test_a_triton_that_cannot_compile_it_hands_on(monkeypatch: pytest.MonkeyPatc
         file.sparse_attention(
             q, k, v, scattered_columns(1, 1, 256, 256), None, 1, 1.0, file.SparseAttentionSettings()
         )
+
+
+def test_a_launch_that_fails_is_no_failed_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next kernel would fail alike, and its message would hide this one."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(file, "_launch", fail)
+    q, k, v = attention_inputs(1, 1, 256, 256, 64, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="illegal memory access") as raised:
+        file.sparse_attention(
+            q, k, v, scattered_columns(1, 1, 256, 256), None, 1, 1.0, file.SparseAttentionSettings()
+        )
+    assert raised.type is RuntimeError
+
+
+def test_what_it_offers_is_known_without_it() -> None:
+    assert set(backend.OPERATIONS) == set(backend.kernels())

@@ -14,6 +14,11 @@ import sys
 
 import pytest
 
+from chipmunk_kernels.backends import triton_hopper
+from chipmunk_kernels.problem import Problem
+
+if reason := triton_hopper.without_gluon():
+    pytest.skip(reason, allow_module_level=True)
 from chipmunk_kernels.backends.triton_hopper.sparse_attention import (
     REGISTERS,
     SHARED_BYTES,
@@ -21,7 +26,6 @@ from chipmunk_kernels.backends.triton_hopper.sparse_attention import (
     shared_bytes,
     warpgroups,
 )
-from chipmunk_kernels.problem import Problem
 
 pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
 
@@ -59,7 +63,7 @@ CASES: list[Case] = [
     (192, 64, 32, 5, False, "bf16"),
 ]
 STACK_BYTES_ALLOWED = {1: 0, 2: 0, 3: 32}
-"""By warpgroups that compute: three have 152 registers a thread, less some numbers of the next row tile."""
+"""By warpgroups that compute. With three, a thread has 152 registers, and a few numbers do not fit."""
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,8 @@ def test_the_default_suits_every_group() -> None:
     for group_size in (1, 64, 128, 192, 256, 384, 500):
         assert SparseAttentionSettings().misfit(flux(group_size), 227 * 1024) is None
         for preset in SparseAttentionSettings.presets():
-            assert (preset.misfit(flux(group_size), 227 * 1024) is None) == (warpgroups(group_size) < 3)
+            fits = preset.block_n < 128 or warpgroups(group_size) < 3
+            assert (preset.misfit(flux(group_size), 227 * 1024) is None) == fits
 
 
 def test_misfit_names_the_reason() -> None:

@@ -122,7 +122,7 @@ def every_lane_arrives() -> bool:
 
     compute-sanitizer's racecheck follows no `__syncwarp` (nor a named barrier) before one lane's arrival, and
     takes what others wrote for unordered. `CHIPMUNK_RACECHECK=1` has all of them arrive, which differs in
-    nothing else and takes 11 % longer (N 118656, H200). Read as a kernel is built.
+    nothing else and takes 298 instead of 263 ms (N 118656, H200). Read as a kernel is built.
     """
     return os.environ.get("CHIPMUNK_RACECHECK", "") not in ("", "0")
 

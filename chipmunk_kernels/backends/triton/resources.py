@@ -87,6 +87,8 @@ def cuobjdump() -> str:
 def cases() -> Iterator[tuple[Any, ...]]:
     """The compile cases of every kernel file."""
     for package in (portable, triton_hopper):
+        if package is triton_hopper and triton_hopper.without_gluon() is not None:
+            continue
         for file in package.FILES:
             declared = importlib.import_module(f"{package.__name__}.{file}").COMPILE_CASES
             yield from declared() if callable(declared) else declared

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Mapping
 
 import torch
@@ -21,9 +20,26 @@ from chipmunk_kernels.registry import Kernel
 
 CAPABILITY = (9, 0)
 OLDEST_TRITON = (3, 6)
-"""Of the versions that were read and run: 3.6 and 3.7. Older ones take other arguments."""
+"""3.6 was run on a GPU, 3.7 compiled; the functions of older versions take other arguments."""
 FILES = ("sparse_attention",)
 """The files with kernels: each exports `KERNELS`, and `COMPILE_CASES` for the compile-only report."""
+OPERATIONS = ("sparse_attention",)
+"""What they offer, for a Triton with which they cannot be imported."""
+
+
+def without_gluon() -> str | None:
+    """Why the Triton that is installed cannot build these kernels, and the remedy; None if it can."""
+    import triton
+
+    version = triton.__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton_hopper kernels need triton {oldest} or newer, this is {version}; use backend='triton'"
+    try:
+        kernels()
+    except ImportError as error:
+        return f"triton {version} has another Gluon than these kernels know ({error}); use backend='triton'"
+    return None
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -33,25 +49,20 @@ def unavailable(device: torch.device) -> str | None:
     reason = portable.unavailable(device)
     if reason is not None:
         return reason
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton_hopper kernels need triton {oldest} or newer, this is {version}; use backend='triton'"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return (
             f"triton_hopper kernels need compute capability 9.0 (Hopper), "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use backend='triton'"
         )
-    try:
-        kernels()
-    except ImportError as error:  # Gluon is an experimental part of Triton
-        return f"triton {version} has another Gluon than these kernels know ({error}); use backend='triton'"
-    return None
+    return without_gluon()
 
 
 @functools.cache
 def kernels() -> Mapping[str, Kernel]:
-    """Operation → kernel. Imports triton."""
-    modules = [importlib.import_module(f"{__name__}.{file}") for file in FILES]
+    """Operation → kernel. Imports triton; raises ImportError where its Gluon, an experiment, is another."""
+    try:
+        modules = [importlib.import_module(f"{__name__}.{file}") for file in FILES]
+    except (AttributeError, TypeError) as error:  # decorators and layouts are called while it is imported
+        raise ImportError(str(error)) from error
     return {kernel.operation: kernel for module in modules for kernel in module.KERNELS}

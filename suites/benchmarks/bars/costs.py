@@ -97,7 +97,7 @@ def quickest_core(
     call: Callable[[], object], drain: Callable[[], None], clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[None]:
     """Within, this thread runs on the core on which a batch of `call` took the least time; on any, where the
-    system does not tell cores apart.
+    system does not tell cores apart. What starts threads must have been called before: they would stay there.
 
     They are not alike while others use a machine too: of 32 on the host of an H200, 26 took 12.5 to 16.1 us
     for one launch of ours and 5.6 to 7.8 for torch's `add`, the other six 19.2 to 20.7 and 8.2 to 8.5.
