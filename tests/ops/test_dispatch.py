@@ -272,6 +272,9 @@ def test_a_gpu_runs_the_first_backend_of_its_order_that_can() -> None:
 def test_hopper_without_cupy_says_so_once_and_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a Hopper GPU is asked, and answers, without one."""
     reasons = {"cupy_hopper": "cupy is not installed", "triton": None}
+    kernels = registry.kernels
+    gluon = {"sparse_attention": replace(kernels("triton")["sparse_attention"], backend="triton_hopper")}
+    monkeypatch.setattr(registry, "kernels", lambda name: gluon if name == "triton_hopper" else kernels(name))
     monkeypatch.setattr(dispatch, "_kind", lambda device: "hopper")
     monkeypatch.setattr(registry, "unavailable", lambda name, device: reasons.get(name, "not here"))
     with pytest.warns(
@@ -290,12 +293,11 @@ def test_hopper_without_cupy_says_so_once_and_runs_triton(monkeypatch: pytest.Mo
         mean = Problem("group_mean", rows=8, columns=8, width=8)
         assert dispatch.select(mean, "cuda", profile=Profile.empty())[0].backend == "triton"
 
-    def older_gluon(backend: str) -> Mapping[str, Kernel]:
-        if backend == "triton_hopper":
+    def older_gluon(name: str) -> Mapping[str, Kernel]:
+        if name == "triton_hopper":
             raise ImportError("cannot import name 'warpgroup_mma'")
-        return kernels(backend)
+        return kernels(name)
 
-    kernels = registry.kernels
     dispatch._select.cache_clear()
     with monkeypatch.context() as patch, warnings.catch_warnings():
         patch.setattr(registry, "kernels", older_gluon)
