@@ -1,6 +1,6 @@
 """`chipmunk-tune`: find the fastest right kernels for this machine and write them into a profile.
 
-Only the standard library is imported here at the top, so that `--help` answers at once.
+Only the standard library, and what needs no more, is imported here at the top, so that `--help` answers at once.
 
 Exit codes: 0, a profile was written (or shown what would be done); 1, no problem got a right kernel; 2, what
 was asked for cannot be done; 3, the device was lost too often; 130, interrupted, finished parts are written.
@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tuner.interrupts import Interrupts
 
 if TYPE_CHECKING:
     import torch
@@ -169,15 +171,21 @@ class _Run:
         if self._args.fresh:
             for item in self._items:
                 session.forget(item)
-        with _Progress() as progress:
+        with _Progress() as progress, Interrupts() as interrupts:
+
+            def trial(candidate: Any, outcome: Any) -> None:
+                progress.trial(candidate, outcome)
+                interrupts.check()
+
             session.on_round = progress.round
             session.on_problem = progress.problem
-            session.on_trial = progress.trial
+            session.on_trial = trial
             for result in session.run(self._items):
                 self._results[result.item] = result
                 if result.entry is not None:
                     self._writer.put(result.entry)
                 progress.result(result)
+                interrupts.check()
 
     def _session(self) -> Session:
         from chipmunk_kernels.profiles import Profile, find
