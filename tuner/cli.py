@@ -1,6 +1,6 @@
 """`chipmunk-tune`: find the fastest right kernels for this machine and write them into a profile.
 
-Only the standard library, and what needs no more, is imported here at the top, so that `--help` answers at once.
+Only the standard library, and what needs no more, is imported at the top, so that `--help` answers at once.
 
 Exit codes: 0, a profile was written (or shown what would be done); 1, no problem got a right kernel; 2, what
 was asked for cannot be done; 3, the device was lost too often; 130, interrupted, finished parts are written.
