@@ -272,9 +272,18 @@ def test_a_launch_is_timed_on_the_quickest_core(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="no launch"), quickest_core(call, lambda: None, lambda: now[0]):
         raise RuntimeError("no launch")
     assert cores[-1] == {3, 5, 9}
+
+    def forbid(pid: int, chosen: set[int]) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    timed: list[str] = []
+    monkeypatch.setattr(os, "sched_setaffinity", forbid)
+    with quickest_core(call, lambda: None):
+        timed.append("on any core")
     monkeypatch.delattr(os, "sched_setaffinity")
     with quickest_core(call, lambda: None):
-        pass
+        timed.append("on any core")
+    assert len(timed) == 2
 
 
 def test_a_slow_call_is_timed_in_fewer_batches() -> None:
