@@ -246,7 +246,8 @@ def _offers(backend: str, operation: str) -> bool:
     try:
         return operation in registry.kernels(backend)
     except ImportError:  # not to be listed without its package; `unavailable` names that
-        return operation in (registry.offered(backend) or (operation,))
+        listed = registry.offered(backend)
+        return listed is None or operation in listed
 
 
 def _tuned(kernel: Kernel, problem: Problem, entry: Entry | None) -> LaunchSettings:

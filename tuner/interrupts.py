@@ -12,8 +12,8 @@ class Interrupts:
     """Within, an interrupt raises KeyboardInterrupt as ever, and is remembered until `check` raises it again.
 
     Python drops what is raised inside a finaliser or a callback, and libraries make errors of other kinds of
-    it: of some 340 interrupts of a small search one went unheard so (where was not found), and the search ran
-    to its end. Only where Python's own handler is in place, and in the main thread: a job that ignores
+    it. Of some 340 interrupts of a small search one was lost, where was not found, and the search ran to its
+    end. Only where Python's own handler is in place, and in the main thread: a job that ignores
     interrupts goes on ignoring them.
     """
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 
 from chipmunk_kernels.backends.triton import resources
+from tests.compiling import compiling
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 KERNELS = (
@@ -39,10 +38,8 @@ pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the report in a process of its own, where Triton compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "chipmunk_kernels.backends.triton.resources", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    """Run the report."""
+    return compiling("-m", "chipmunk_kernels.backends.triton.resources", *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +115,5 @@ for capability in (80, 90, 100):
 
 
 def test_the_clock_stamp_reads_all_three_registers_on_every_target() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", STAMP]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    done = compiling("-c", STAMP)
     assert done.stdout.split("\n")[:3] == ["80 1 1 1", "90 1 1 1", "100 1 1 1"], done.stderr

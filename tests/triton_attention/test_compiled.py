@@ -7,13 +7,12 @@ product with its values during the next tile's softmax. A compiler that stops do
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
+
+from tests.compiling import compiling
 
 pytestmark = [pytest.mark.compile_only, pytest.mark.slow]
 
@@ -45,9 +44,7 @@ Compiled = tuple[str, int, int, int]
 @pytest.fixture(scope="module")
 def answers() -> list[str]:
     """A line a case, from one process: to start one takes longer than to compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    done = compiling("-c", PROGRAM, json.dumps(CASES))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -7,15 +7,13 @@ another computes the same.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from chipmunk_kernels.backends import triton_hopper
 from chipmunk_kernels.problem import Problem
+from tests.compiling import compiling
 
 if reason := triton_hopper.without_gluon():
     pytest.skip(reason, allow_module_level=True)
@@ -68,10 +66,8 @@ STACK_BYTES_ALLOWED = {1: 0, 2: 0, 3: 32}
 
 @pytest.fixture(scope="module")
 def compiled_cases() -> list[str]:
-    """A line a case, from one process, where Triton compiles instead of interpreting."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    """A line a case, from one process: to start one takes longer than to compile."""
+    done = compiling("-c", PROGRAM, json.dumps(CASES))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

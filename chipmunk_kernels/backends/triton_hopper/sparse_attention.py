@@ -162,17 +162,9 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """out = base + sign · softmax(q K[cols]ᵀ · scale) V[cols], and the softmax's natural-log normaliser.
 
-    Args:
-        q: `(B, H, N, D)`, k and v `(B, H, Nk, D)`: any strides with D contiguous. Nothing is copied, unless
-            rows do not start at multiples of 16 bytes.
-        columns: the kept columns of every group of `columns.group_size` queries.
-        base: `(B, H, N, D)`, rounded to the dtype of q if it has another, or None for zeros.
-        sign: +1 or −1.
-        scale: of the logits.
-
-    Returns:
-        out `(B, H, N, D)` in the dtype and memory order of q, lse `(B, H, N)` float32. A group that keeps
-        nothing gives its base, or zeros, and lse = −∞.
+    Arguments and results are those of `backends.triton.sparse_attention.sparse_attention`, for heads of 64 and
+    128. A base of another dtype than q's is rounded to that first; tensors whose rows do not start at multiples
+    of 16 bytes are copied.
 
     Raises:
         BuildError: this version of Triton cannot compile the kernel.
@@ -244,12 +236,12 @@ def _plan(
     tiles = -(-group_size // (ROWS * consumers))
     units = batch * heads * groups * tiles
     out_strides = strides_like_queries(shape, strides[0])
-    read = [_steps(each or (0, 0, 0, 1)) for each in strides]
+    read = [(each or (0, 0, 0, 1))[:3] for each in strides]
     q_steps, k_steps, v_steps, base_steps = read
     return Plan(
         programs=min(units, multiprocessors(device)),
         integers=(
-            *q_steps, *k_steps[:2], *v_steps[:2], *base_steps, *_steps(out_strides),
+            *q_steps, *k_steps[:2], *v_steps[:2], *base_steps, *out_strides[:3],
             heads, rows, groups, capacity, group_size, tiles, units,
         ),
         floats=((scale or ALMOST_ZERO) * LOG2E, float(sign)),
@@ -279,15 +271,9 @@ def _is_of_the_compiler(error: Exception) -> bool:
     return of_its_own or (type(error) is RuntimeError and "CUDA" not in str(error))
 
 
-def _steps(strides: tuple[int, ...]) -> tuple[int, int, int]:
-    """Elements from one batch, head and row to the next."""
-    b, h, n, _ = strides
-    return b, h, n
-
-
 def _readable(x: Tensor) -> Tensor:
     """`x` itself if Triton can tell that its rows start at multiples of 16 bytes, else a copy like it."""
-    if x.data_ptr() % VECTOR_BYTES == 0 and not any(step % DIVISOR for step in _steps(x.stride())):
+    if x.data_ptr() % VECTOR_BYTES == 0 and not any(step % DIVISOR for step in x.stride()[:3]):
         return x
     return empty_like_queries(x).copy_(x)
 
