@@ -162,9 +162,9 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """out = base + sign · softmax(q K[cols]ᵀ · scale) V[cols], and the softmax's natural-log normaliser.
 
-    Arguments and results are those of `backends.triton.sparse_attention.sparse_attention`, for heads of 64 and
-    128. A base of another dtype than q's is rounded to that first; tensors whose rows do not start at multiples
-    of 16 bytes are copied.
+    Arguments and results are those of `backends.triton.sparse_attention.sparse_attention`, for heads of 64
+    and 128. A base of another dtype than q's is rounded to that first; tensors whose rows do not start at
+    multiples of 16 bytes are copied.
 
     Raises:
         BuildError: this version of Triton cannot compile the kernel.
