@@ -87,6 +87,8 @@ def test_fits_and_keeps_two_products_in_flight(compiled_cases: list[str], number
     # last values.
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
     assert waits == ["0", "1", "0", "0"] * consumers
+    # Lanes ask each other for two rows' maxima, in the first tile and the loop, and for sums at the end.
+    assert ptx.count("shfl.sync.bfly") == consumers * 3 * 4
     # Gathers land by themselves: nobody waits for them but through the tiles' barriers.
     assert ptx.count("cp.async.mbarrier.arrive.noinc") == 2
     taken = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}

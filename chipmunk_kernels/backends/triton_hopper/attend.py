@@ -41,12 +41,22 @@ def rounded(x, half: gl.constexpr):
 
 
 @gluon.jit
+def sums_by_lane(weights):
+    """A row's sums over every eighth column, as far as a lane gets by itself.
+
+    With whole rows in every tile HunyuanVideo by groups of 128 took 34.7 instead of 33.4 million cycles.
+    """
+    return gl.sum(weights.reshape((weights.shape[0], weights.shape[1] // 8, 8)), 1)
+
+
+@gluon.jit
 def weigh(s, m, l, scale_log2):
     """A tile's logits become weights relative to the running maximum; `rescale` is for all summed before."""
     raised = gl.maximum(m, gl.max(s, 1))
     rescale = gl.exp2((m - raised) * scale_log2)
     weights = gl.exp2(s * scale_log2 - (raised * scale_log2)[:, None])
-    return weights, raised, l * rescale + gl.sum(weights, 1), rescale
+    l *= gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
+    return weights, raised, l + sums_by_lane(weights), rescale
 
 
 @gluon.jit
@@ -89,7 +99,7 @@ def attend(
         kept = gl.load(counts + which)
         acc = gl.zeros((64, WIDTH), gl.float32, o_layout)
         m = gl.full((64,), float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        l = gl.zeros((64,), gl.float32, gl.SliceLayout(1, s_layout))
+        l = sums_by_lane(nothing)
         async_copy.wait_group(0)
         if IN_REGISTERS:
             # The next ones can come at once: 63 instead of 67 us for FLUX at 93 %.
@@ -139,6 +149,7 @@ def attend(
             if not IN_REGISTERS:
                 fetch_queries(mine, q, q_strides, next_b, next_h, next_first, next_limit, WIDTH)
 
+        l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, s_layout))
         total = gl.convert_layout(gl.where(l > 0, l, 1.0), gl.SliceLayout(1, o_layout))
         result = acc * (sign / total)[:, None] + gl.convert_layout(onto, o_layout).to(gl.float32)
         out_b, out_h, out_n = out_strides
