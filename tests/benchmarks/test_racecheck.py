@@ -12,6 +12,7 @@ from tests.compiling import compiling
 
 PROGRAM = """
 import json, os
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached build may name another checkout's files
 from chipmunk_kernels.backends.triton.resources import _compile
 from chipmunk_kernels.backends.triton_hopper.sparse_attention import SparseAttentionSettings, compile_case
 from suites.benchmarks.racecheck import handing_out_twice
