@@ -32,23 +32,28 @@ def maker(
     """A function that gives an uninitialised tensor at each call, contiguous without `strides`.
 
     It goes where the code that `torch.compile` generates goes, past the dispatcher: with `new_empty_strided`
-    two results were 4.7 of the 14 µs that a launch took the host of an H200, with `torch.empty` more.
+    two results were 4.7 of the 14 µs that a launch took the host of an H200, with `torch.empty` more. Where
+    somebody watches what is allocated (a torch function mode, or deterministic algorithms, which fill it with
+    NaN), and on another than the current device, it goes the long way.
     """
     if strides is None:
         strides = torch.empty(shape, device="meta").stride()
     layout = tuple(shape), tuple(strides)
-    anywhere = functools.partial(torch.empty(0, dtype=dtype, device=device).new_empty_strided, *layout)
+    long_way = functools.partial(torch.empty(0, dtype=dtype, device=device).new_empty_strided, *layout)
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     quick = getattr(guards, f"_empty_strided_{device.type}", None)
     if quick is None:
-        return anywhere
-    on_current_device = functools.partial(quick, *layout, dtype)
+        return long_way
+    short_way = functools.partial(quick, *layout, dtype)
+    modes, deterministic = torch._C._len_torch_function_stack, torch._C._get_deterministic_algorithms
     if device.type != "cuda":
-        return on_current_device
+        return lambda: long_way() if modes() or deterministic() else short_way()
     index, current_device = device.index, torch._C._cuda_getDevice
 
     def new() -> Tensor:
-        return on_current_device() if current_device() == index else anywhere()
+        if modes() or deterministic() or current_device() != index:
+            return long_way()
+        return short_way()
 
     return new
 

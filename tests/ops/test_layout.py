@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chipmunk_kernels.layout import empty_like_queries, maker, strides_like_queries
+from tuner.verify import PoisonedMemory
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 8)
@@ -38,6 +39,19 @@ def test_a_maker_gives_what_torch_would(
     first.fill_(1)
     second.fill_(2)
     assert torch.equal(first, torch.ones_like(first))
+
+
+@pytest.mark.parametrize("name", DEVICES[:2])
+def test_who_poisons_memory_finds_it_poisoned(name: str) -> None:
+    """Kernels are verified on outputs full of NaN: what they never write must not look right by chance."""
+    new = maker(SHAPE, torch.float32, torch.device(name))
+    with PoisonedMemory():
+        assert new().isnan().all()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert new().isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_memory_made_in_inference_mode_is_as_torch_makes_it() -> None:
