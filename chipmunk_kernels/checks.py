@@ -17,7 +17,13 @@ from chipmunk_kernels.columns import ColumnSet, group_count
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-_debug = os.environ.get("CHIPMUNK_DEBUG", "") not in ("", "0")
+
+def switched_on(variable: str) -> bool:
+    """Whether an environment variable is set, and not to 0."""
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+_debug = switched_on("CHIPMUNK_DEBUG")
 
 
 def debug() -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chipmunk_kernels import registry
+from chipmunk_kernels.backends import hopper
 from chipmunk_kernels.problem import OPERATIONS, Problem
 from chipmunk_kernels.registry import BuildError, Kernel, UnsuitableInputError
 from chipmunk_kernels.settings import LaunchSettings
@@ -238,7 +239,7 @@ def _kind(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     found = torch.cuda.is_available() and torch.cuda.get_device_capability(device)
-    return "hopper" if found == (9, 0) else "cuda"
+    return "hopper" if found == hopper.CAPABILITY else "cuda"
 
 
 def _offers(backend: str, operation: str) -> bool:

@@ -46,14 +46,11 @@ def maker(
         return long_way
     short_way = functools.partial(quick, *layout, dtype)
     modes, deterministic = torch._C._len_torch_function_stack, torch._C._get_deterministic_algorithms
-    if device.type != "cuda":
-        return lambda: long_way() if modes() or deterministic() else short_way()
-    index, current_device = device.index, torch._C._cuda_getDevice
+    index = device.index
+    current = torch._C._cuda_getDevice if device.type == "cuda" else lambda: index
 
     def new() -> Tensor:
-        if modes() or deterministic() or current_device() != index:
-            return long_way()
-        return short_way()
+        return long_way() if modes() or deterministic() or current() != index else short_way()
 
     return new
 

@@ -10,7 +10,6 @@ nothing more, so it hides no race.
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -28,18 +27,10 @@ def handing_out_twice() -> Iterator[None]:
     """
     from triton import knobs
 
-    before = os.environ.get("TRITON_CACHE_DIR"), knobs.runtime.add_stages_inspection_hook
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.runtime.scope():
+        knobs.cache.dir = folder
         knobs.runtime.add_stages_inspection_hook = _hook
-        try:
-            yield
-        finally:
-            knobs.runtime.add_stages_inspection_hook = before[1]
-            if before[0] is None:
-                del os.environ["TRITON_CACHE_DIR"]
-            else:
-                os.environ["TRITON_CACHE_DIR"] = before[0]
+        yield
 
 
 def twice(ptx: str) -> str:

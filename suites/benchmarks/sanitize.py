@@ -40,6 +40,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from chipmunk_kernels import registry
+from chipmunk_kernels.checks import switched_on
 from chipmunk_kernels.columns import ColumnSet
 from chipmunk_kernels.problem import Problem
 from chipmunk_kernels.registry import Kernel
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(backends: Sequence[str], only: Sequence[str]) -> int:
     statuses = []
     for backend in backends:
-        twice = backend == "triton_hopper" and os.environ.get("CHIPMUNK_RACECHECK", "") not in ("", "0")
+        twice = backend == "triton_hopper" and switched_on("CHIPMUNK_RACECHECK")
         with handing_out_twice() if twice else nullcontext():
             for line in lines(backend, DEVICE, only):
                 print(line, flush=True)

